@@ -1,0 +1,284 @@
+// The sweeps over one row: statistics -> (sums) -> gradient. Each works block by block, so that a block's columns are
+// in L1 while they are used, and the row pair in L2 between the sweeps.
+#pragma once
+#include "../divergence/pointwise.h"
+#include "../rows.h"
+#include "convert.h"
+#include "vector.h"
+
+namespace kdkernels {
+namespace {
+
+// What the first sweep knows after some blocks; merging is rescaling to a common maximum.
+struct Statistics {
+  double student_max = -INFINITY, teacher_max = -INFINITY;
+  double student_sum = 0, teacher_sum = 0;  // of e^((z - max)/T)
+  double hard_sum = 0;                      // of e^(z - max): the student at temperature 1
+  // Teacher-weighted moments of x = ((teacher - student) - origin)/T: their variance is about 2·KL where the models
+  // nearly agree.
+  double origin = 0, moment1 = 0, moment2 = 0;
+
+  double variance() const {
+    const double mean = moment1 / teacher_sum;
+    return moment2 / teacher_sum - mean * mean;
+  }
+};
+
+inline double finite_or_zero(double x) { return std::isfinite(x) ? x : 0; }
+
+template <class Math>
+void statistics_block(const typename Math::Real* student, const typename Math::Real* teacher, int n,
+                      double inv_temperature, bool hard, bool moments, Statistics& st) {
+  using V = typename Math::V;
+  V student_max = Math::set(-INFINITY), teacher_max = student_max;
+  for (int i = 0; i < n; i += Math::lanes) {
+    student_max = Math::max(Math::load(student + i), student_max);
+    teacher_max = Math::max(Math::load(teacher + i), teacher_max);
+  }
+  const bool first = st.student_max == -INFINITY;
+  const double old_student = st.student_max, old_teacher = st.teacher_max;
+  const double block_student = Math::largest(student_max), block_teacher = Math::largest(teacher_max);
+  if (block_student > st.student_max) st.student_max = block_student;
+  if (block_teacher > st.teacher_max) st.teacher_max = block_teacher;
+  if (st.student_max > old_student) {
+    st.student_sum *= std::exp((old_student - st.student_max) * inv_temperature);
+    st.hard_sum *= std::exp(old_student - st.student_max);
+  }
+  if (st.teacher_max > old_teacher) {
+    const double factor = std::exp((old_teacher - st.teacher_max) * inv_temperature);
+    st.teacher_sum *= factor, st.moment1 *= factor, st.moment2 *= factor;
+  }
+  if (first) st.origin = float(finite_or_zero(st.teacher_max - st.student_max));
+
+  const V scale = Math::set(inv_temperature), zero = Math::set(0), origin = Math::set(st.origin);
+  student_max = Math::set(finite_or_zero(st.student_max));  // all -inf so far: e^-inf = 0, and NaN stays NaN
+  teacher_max = Math::set(finite_or_zero(st.teacher_max));
+  V student_sum = zero, teacher_sum = zero, moment1 = zero, moment2 = zero;
+  for (int i = 0; i < n; i += Math::lanes) {
+    const V z = Math::load(student + i), y = Math::load(teacher + i);
+    student_sum = student_sum + Math::exp((z - student_max) * scale);
+    const V p = Math::exp((y - teacher_max) * scale);
+    teacher_sum = teacher_sum + p;
+    if (moments) {
+      const V x = ((y - z) - origin) * scale;
+      const V px = Math::select(Math::greater(p, zero), p * x, zero);
+      moment1 = moment1 + px;
+      moment2 = moment2 + Math::select(Math::greater(p, zero), px * x, zero);
+    }
+  }
+  st.student_sum += Math::sum(student_sum);
+  st.teacher_sum += Math::sum(teacher_sum);
+  st.moment1 += Math::sum(moment1);
+  st.moment2 += Math::sum(moment2);
+  if (hard) {
+    V hard_sum = zero;
+    for (int i = 0; i < n; i += Math::lanes) hard_sum = hard_sum + Math::exp(Math::load(student + i) - student_max);
+    st.hard_sum += Math::sum(hard_sum);
+  }
+}
+
+struct Sums {
+  double value = 0, slope = 0;
+};
+
+template <class Math, class D>
+Sums sums_block(const typename Math::Real* student, const typename Math::Real* teacher, int n,
+                const RowConstants<Math>& row, const D& divergence) {
+  using V = typename Math::V;
+  V value = Math::set(0), slope = Math::set(0);
+  for (int i = 0; i < n; i += Math::lanes) {
+    const auto c = Column<Math>::make(Math::load(student + i), Math::load(teacher + i), row);
+    value = value + divergence.value(c);
+    slope = slope + divergence.slope(c);
+  }
+  return {Math::sum(value), Math::sum(slope)};
+}
+
+// out = slope_factor·slope + q_factor·q; returns the sum of the values.
+template <class Math, class D>
+double gradient_block(const typename Math::Real* student, const typename Math::Real* teacher, int n,
+                      const RowConstants<Math>& row, const D& divergence, double slope_factor, double q_factor,
+                      typename Math::Real* out) {
+  using V = typename Math::V;
+  const V by_slope = Math::set(slope_factor), by_q = Math::set(q_factor);
+  V value = Math::set(0);
+  for (int i = 0; i < n; i += Math::lanes) {
+    const auto c = Column<Math>::make(Math::load(student + i), Math::load(teacher + i), row);
+    if constexpr (D::slopes_sum_to_zero) value = value + divergence.value(c);
+    Math::store(out + i, by_slope * divergence.slope(c) + by_q * c.student());
+  }
+  return Math::sum(value);
+}
+
+// out += factor·e^(student - max)
+template <class Math>
+void add_hard_softmax(const typename Math::Real* student, int n, double student_max, double factor,
+                      typename Math::Real* out) {
+  const typename Math::V max = Math::set(student_max), by = Math::set(factor);
+  for (int i = 0; i < n; i += Math::lanes)
+    Math::store(out + i, Math::load(out + i) + by * Math::exp(Math::load(student + i) - max));
+}
+
+// Where the log-normalisers' gap is uncertain by more than this share of the log-ratios' spread, it is refined: sums
+// of fp32 exponentials leave about 3e-8 in it, and a gradient of norm ~spread carries it at first order.
+template <class Math>
+constexpr double kRefineBelow = sizeof(typename Math::Real) == 4 ? 0.1 : 0;
+
+template <class Math, template <class> class Divergence>
+class RowSweep {
+  using Real = typename Math::Real;
+  using D = Divergence<Math>;
+
+ public:
+  explicit RowSweep(const RowProblem& problem) : p_(problem) {}
+
+  void run(int64_t row) {
+    const double row_scale = number(p_.row_scale, row);
+    row_ = row;
+    if (row_scale == 0) {
+      report(0, 0, 0, 0, 0);
+      if (p_.gradient) fill(p_.gradient, p_.student.dtype, p_.gradient_rows.offset(row), p_.student.width, false);
+      return;
+    }
+    student_at_ = p_.student.rows.offset(row);
+    teacher_at_ = p_.teacher.rows.offset(row);
+    const double temperature = p_.temperatures ? number(p_.temperatures, row) : p_.temperature;
+    const double inv_temperature = 1 / temperature;
+    const bool with_ce = p_.ce_weight != 0;
+    const int64_t label = with_ce ? p_.labels[row] : 0;
+    // The student at temperature 1 is the divergence's own softmax unless T or a missing divergence says otherwise.
+    const bool own_hard_sum = with_ce && temperature != 1;
+
+    Statistics st;
+    for (int64_t b = 0; b < blocks(); b++) {
+      const auto [student, teacher, n] = read(b);
+      statistics_block<Math>(student, teacher, n, inv_temperature, own_hard_sum, p_.gradient && kRefineBelow<Math> > 0, st);
+    }
+    const double gap_of_logs = std::log(st.teacher_sum) - std::log(st.student_sum);
+    const double max_gap = st.teacher_max - st.student_max;
+    if (!(temperature > 0 && std::isfinite(temperature)) || !std::isfinite(max_gap + gap_of_logs) || label < 0 ||
+        label >= p_.vocab_size) {
+      report(NAN, NAN, NAN, NAN, NAN);
+      if (p_.gradient) fill(p_.gradient, p_.student.dtype, p_.gradient_rows.offset(row), p_.student.width, true);
+      return;
+    }
+    const double shift = std::trunc(max_gap / 4) * 4;
+    double gap = (max_gap - shift) * inv_temperature + gap_of_logs;
+    if (p_.gradient && st.variance() < kRefineBelow<Math> * kRefineBelow<Math>) {
+      const auto rough = constants(st, shift, inv_temperature, gap);
+      gap -= sums(rough, ForwardKL<Math>(p_.parameters, rough)).slope;
+    }
+    const auto row_constants = constants(st, shift, inv_temperature, gap);
+    const D divergence(p_.parameters, row_constants);
+
+    double value = 0, mean_slope = 0;
+    if (!D::slopes_sum_to_zero || !p_.gradient) {
+      const Sums s = sums(row_constants, divergence);
+      value = s.value, mean_slope = D::slopes_sum_to_zero ? 0 : s.slope;
+    }
+    double cross_entropy = 0;
+    const double hard_sum = own_hard_sum ? st.hard_sum : st.student_sum;
+    if (with_ce) cross_entropy = std::log(hard_sum) - (label_logit(label) - st.student_max);
+    if (p_.gradient) {
+      const double gradient_scale = p_.scale_gradient ? row_scale : 1;
+      const double kd = p_.kd_weight * (p_.scale_by_temperature ? temperature : inv_temperature) * gradient_scale;
+      const double ce = p_.ce_weight * gradient_scale;
+      const double v = write_gradient(row_constants, divergence, st, kd, mean_slope, ce, hard_sum, own_hard_sum, label);
+      if (D::slopes_sum_to_zero) value = v;
+    }
+    const double kd_factor = p_.kd_weight * (p_.scale_by_temperature ? temperature * temperature : 1);
+    const double loss = (kd_factor != 0 ? kd_factor * value : 0) + (with_ce ? p_.ce_weight * cross_entropy : 0);
+    report(row_scale * loss, st.student_max * inv_temperature + std::log(st.student_sum),
+           st.teacher_max * inv_temperature + std::log(st.teacher_sum), value, cross_entropy);
+  }
+
+ private:
+  struct Block {
+    const Real *student, *teacher;
+    int n;  // columns, rounded up to whole registers
+  };
+
+  static double number(const void* data, int64_t row, bool is_double) {
+    return is_double ? static_cast<const double*>(data)[row] : double(static_cast<const float*>(data)[row]);
+  }
+  double number(const void* data, int64_t row) const { return number(data, row, p_.student.dtype == DType::float64); }
+  void put(void* data, int64_t at, double x) const {
+    if (p_.student.dtype == DType::float64)
+      static_cast<double*>(data)[at] = x;
+    else
+      static_cast<float*>(data)[at] = float(x);
+  }
+  void report(double loss, double student_lse, double teacher_lse, double value, double cross_entropy) const {
+    put(p_.loss, row_, loss);
+    const double stats[] = {student_lse, teacher_lse, value, cross_entropy};
+    for (int i = 0; i < 4; i++) put(p_.stats, i * p_.rows + row_, stats[i]);
+  }
+
+  int64_t blocks() const { return (p_.vocab_size + kBlock - 1) / kBlock; }
+  int columns(int64_t b) const {
+    const int64_t left = p_.vocab_size - b * kBlock;
+    return int(left < kBlock ? left : kBlock);
+  }
+  Block read(int64_t b, Real* derivative = nullptr) {
+    const int n = columns(b);
+    return {read_block<Math>(p_.student, student_at_, b * kBlock, n, student_block_, derivative),
+            read_block<Math>(p_.teacher, teacher_at_, b * kBlock, n, teacher_block_), round_up(n, Math::lanes)};
+  }
+  double label_logit(int64_t label) {
+    return *read_block<Math>(p_.student, student_at_, label, 1, student_block_);
+  }
+
+  static RowConstants<Math> constants(const Statistics& st, double shift, double inv_temperature, double gap) {
+    RowConstants<Math> r;
+    r.student_max = Math::set(st.student_max), r.teacher_max = Math::set(st.teacher_max);
+    r.shift = Math::set(shift), r.inv_temperature = Math::set(inv_temperature), r.gap = Math::set(gap);
+    r.inv_student_sum = Math::set(1 / st.student_sum), r.inv_teacher_sum = Math::set(1 / st.teacher_sum);
+    r.log_student_sum = Math::set(std::log(st.student_sum)), r.log_teacher_sum = Math::set(std::log(st.teacher_sum));
+    return r;
+  }
+
+  // From the row's end: what the sweep before left in the cache is used first.
+  template <class AnyD>
+  Sums sums(const RowConstants<Math>& row, const AnyD& divergence) {
+    Sums total;
+    for (int64_t b = blocks() - 1; b >= 0; b--) {
+      const auto [student, teacher, n] = read(b);
+      const Sums s = sums_block(student, teacher, n, row, divergence);
+      total.value += s.value, total.slope += s.slope;
+    }
+    return total;
+  }
+
+  double write_gradient(const RowConstants<Math>& row, const D& divergence, const Statistics& st, double kd,
+                        double mean_slope, double ce, double hard_sum, bool own_hard_sum, int64_t label) {
+    const int64_t at = p_.gradient_rows.offset(row_);
+    const bool transformed = !p_.student.transform.identity(), fold_ce = !own_hard_sum && kd != 0;
+    const bool same_type = p_.student.dtype == (sizeof(Real) == 4 ? DType::float32 : DType::float64);
+    double value = 0;
+    for (int64_t b = 0; b < blocks(); b++) {
+      const int columns = this->columns(b);
+      const auto [student, teacher, n] = read(b, transformed ? derivative_block_ : nullptr);
+      const bool direct = same_type && !transformed && n == columns;
+      Real* out = direct ? static_cast<Real*>(p_.gradient) + at + b * kBlock : gradient_block_;
+      value += gradient_block(student, teacher, n, row, divergence, kd, (fold_ce ? ce : 0) - kd * mean_slope, out);
+      if (kd == 0)  // no divergence in the gradient, not even as 0·inf
+        for (int i = 0; i < n; i++) out[i] = 0;
+      if (ce != 0) {
+        if (!fold_ce) add_hard_softmax<Math>(student, n, st.student_max, ce / hard_sum, out);
+        if (label / kBlock == b) out[label % kBlock] -= Real(ce);
+      }
+      if (transformed)
+        for (int i = 0; i < columns; i++) out[i] *= derivative_block_[i];
+      if (!direct) narrow(out, columns, p_.gradient, p_.student.dtype, at + b * kBlock);
+    }
+    fill(p_.gradient, p_.student.dtype, at + p_.vocab_size, p_.student.width - p_.vocab_size, false);
+    return value;
+  }
+
+  const RowProblem& p_;
+  int64_t row_ = 0, student_at_ = 0, teacher_at_ = 0;
+  alignas(64) Real student_block_[kBlock], teacher_block_[kBlock], gradient_block_[kBlock], derivative_block_[kBlock];
+};
+
+}  // namespace
+}  // namespace kdkernels

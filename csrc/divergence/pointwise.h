@@ -1,0 +1,215 @@
+// The pointwise divergences D(p, q) = sum over columns, p the teacher, q the student: per column a value >= 0 (a form
+// whose terms do not cancel) and the slope q·dD/dq, up to a constant times q. With H = sum of the slopes,
+//     T · dD/dlogit = slope - q·H
+// so that a sweep needs to know nothing else of a divergence. Adding one: a struct here, an entry in `AllDivergences` and in DivergenceId.
+//
+// Sources: forward and reverse KL, Jensen-Shannon as in GKD (arXiv 2306.13649), skew KL from DistiLLM
+// (arXiv 2402.03898), alpha-beta from ABKD (arXiv 2505.04560).
+#pragma once
+#include "column.h"
+
+namespace kdkernels {
+
+// sum p·d. The slopes q - p add up to 0, so the gradient can be written without a sweep for their sum.
+template <class Math>
+struct ForwardKL {
+  using V = typename Math::V;
+  static constexpr bool slopes_sum_to_zero = true;
+  ForwardKL(const double*, const RowConstants<Math>&) {}
+  // p·d - p + q
+  KD_INLINE V value(const Column<Math>& c) const {
+    const V student_zero = c.phi;  // +inf where the student gives no mass to what the teacher does
+    const V by_teacher = Math::select(Math::is_infinite(student_zero), student_zero, c.larger * c.phi);
+    return Math::select(c.teacher_larger, by_teacher, c.larger * c.psi());
+  }
+  KD_INLINE V slope(const Column<Math>& c) const { return c.student_minus_teacher(); }
+};
+
+// sum q·(-d)
+template <class Math>
+struct ReverseKL {
+  using V = typename Math::V;
+  static constexpr bool slopes_sum_to_zero = false;
+  ReverseKL(const double*, const RowConstants<Math>&) {}
+  // -q·d - q + p
+  KD_INLINE V value(const Column<Math>& c) const {
+    const V by_student = Math::select(Math::is_infinite(c.phi), c.phi, c.larger * c.phi);
+    return Math::select(c.teacher_larger, c.larger * c.psi(), by_student);
+  }
+  KD_INLINE V slope(const Column<Math>& c) const { return c.times_student(-c.d); }
+};
+
+// (1 - w)·ForwardKL + w·ReverseKL
+template <class Math>
+struct SymmetricKL {
+  using V = typename Math::V;
+  static constexpr bool slopes_sum_to_zero = false;
+  ForwardKL<Math> forward;
+  ReverseKL<Math> reverse;
+  V forward_weight, reverse_weight;
+  SymmetricKL(const double* p, const RowConstants<Math>& row)
+      : forward(p, row), reverse(p, row), forward_weight(Math::set(1 - p[0])), reverse_weight(Math::set(p[0])) {}
+  KD_INLINE V value(const Column<Math>& c) const {
+    return forward_weight * forward.value(c) + reverse_weight * reverse.value(c);
+  }
+  KD_INLINE V slope(const Column<Math>& c) const {
+    return forward_weight * forward.slope(c) + reverse_weight * reverse.slope(c);
+  }
+};
+
+// KL(p || M), M = lam·p + (1 - lam)·q = larger·(1 + w)
+template <class Math>
+struct SkewForwardKL {
+  using V = typename Math::V;
+  static constexpr bool slopes_sum_to_zero = false;
+  V lam, rest;
+  SkewForwardKL(const double* p, const RowConstants<Math>&) : lam(Math::set(p[0])), rest(Math::set(1 - p[0])) {}
+  KD_INLINE V mixture(const Column<Math>& c) const { return Math::select(c.teacher_larger, rest, lam) * c.em; }
+  // p·log(p/M) - p + M, with chi(w) = w - log(1 + w)
+  KD_INLINE V value(const Column<Math>& c) const {
+    V log1p, chi;
+    Math::log1p_and_chi(mixture(c), log1p, chi);
+    return c.larger * Math::select(c.teacher_larger, chi, c.psi() + chi - c.em * log1p);
+  }
+  // -(1 - lam)·q·(p/M - 1)
+  KD_INLINE V slope(const Column<Math>& c) const {
+    const V w = mixture(c);
+    return rest * c.times_student(Math::select(c.teacher_larger, w, -rest * c.em) / (Math::set(1) + w));
+  }
+};
+
+// KL(q || M), M = (1 - lam)·p + lam·q
+template <class Math>
+struct SkewReverseKL {
+  using V = typename Math::V;
+  static constexpr bool slopes_sum_to_zero = false;
+  V lam, rest;
+  SkewReverseKL(const double* p, const RowConstants<Math>&) : lam(Math::set(p[0])), rest(Math::set(1 - p[0])) {}
+  KD_INLINE V mixture(const Column<Math>& c) const { return Math::select(c.teacher_larger, lam, rest) * c.em; }
+  // q·log(q/M) - q + M
+  KD_INLINE V value(const Column<Math>& c) const {
+    V log1p, chi;
+    Math::log1p_and_chi(mixture(c), log1p, chi);
+    return c.larger * Math::select(c.teacher_larger, c.psi() + chi - c.em * log1p, chi);
+  }
+  // q·(log(q/M) - lam·(q/M - 1))
+  KD_INLINE V slope(const Column<Math>& c) const {
+    const V w = mixture(c);
+    V log1p, chi;
+    Math::log1p_and_chi(w, log1p, chi);
+    const V log_ratio = Math::select(c.teacher_larger, -c.d, Math::set(0)) - log1p;
+    const V ratio = Math::select(c.teacher_larger, rest * c.em, -w) / (Math::set(1) + w);
+    return c.times_student(log_ratio - lam * ratio);
+  }
+};
+
+// beta·KL(p || M) + (1 - beta)·KL(q || M), M = beta·p + (1 - beta)·q; 0 < beta < 1
+template <class Math>
+struct JensenShannon {
+  using V = typename Math::V;
+  static constexpr bool slopes_sum_to_zero = false;
+  V beta, rest;
+  JensenShannon(const double* p, const RowConstants<Math>&) : beta(Math::set(p[0])), rest(Math::set(1 - p[0])) {}
+  // The larger side has weight a in M, the smaller one b, so M = larger·(1 + w) with w = b·em. Per unit of larger:
+  // b·(smaller's KL term) + a·(larger's) = b·(psi + chi - em·log1p) + a·chi
+  KD_INLINE V value(const Column<Math>& c) const {
+    const V b = Math::select(c.teacher_larger, rest, beta);
+    V log1p, chi;
+    Math::log1p_and_chi(b * c.em, log1p, chi);
+    return c.larger * (chi + b * (c.psi() - c.em * log1p));
+  }
+  // (1 - beta)·q·log(q/M)
+  KD_INLINE V slope(const Column<Math>& c) const {
+    const V b = Math::select(c.teacher_larger, rest, beta);
+    V log1p, chi;
+    Math::log1p_and_chi(b * c.em, log1p, chi);
+    return rest * c.times_student(Math::select(c.teacher_larger, -c.d, Math::set(0)) - log1p);
+  }
+};
+
+// 1/2·sum |p - q|
+template <class Math>
+struct TotalVariation {
+  using V = typename Math::V;
+  static constexpr bool slopes_sum_to_zero = false;
+  TotalVariation(const double*, const RowConstants<Math>&) {}
+  KD_INLINE V value(const Column<Math>& c) const { return Math::set(-0.5) * c.larger * c.em; }
+  KD_INLINE V slope(const Column<Math>& c) const {
+    const V half_q = Math::set(0.5) * c.student();
+    const V none = Math::set(0);
+    return Math::select(c.teacher_larger, -half_q, Math::select(Math::greater(none, c.d), half_q, none));
+  }
+};
+
+// -1/(ab)·sum [p^a q^b - a/(a+b)·p^(a+b) - b/(a+b)·q^(a+b)], with its limits where a, b or a + b is 0.
+template <class Math>
+struct AlphaBeta {
+  using V = typename Math::V;
+  static constexpr bool slopes_sum_to_zero = false;
+  double a, b, c;
+  V student_power, teacher_power;  // log of the sums to the power -(a + b)
+  AlphaBeta(const double* p, const RowConstants<Math>& row)
+      : a(p[0]), b(p[1]), c(p[0] + p[1]),
+        student_power(-Math::set(c) * row.log_student_sum), teacher_power(-Math::set(c) * row.log_teacher_sum) {}
+
+  static KD_INLINE void em_phi(V x, V& em, V& phi) { Math::expm1_and_phi(x, em, phi); }
+  // larger^(a+b)
+  KD_INLINE V base(const Column<Math>& col) const {
+    const V x = Math::max(col.log_larger_numerator, Math::set(-1e30));
+    return Math::exp(Math::set(c) * x + Math::select(col.teacher_larger, teacher_power, student_power));
+  }
+  // The value per unit of base where the larger side carries the exponent `mine` and the smaller one `other`.
+  // Swapping the models swaps a and b, so one formula serves both sides; k <= 0 is the smaller side's log-ratio.
+  KD_INLINE V from_larger(V k, double other, double mine) const {
+    V em_o, phi_o, em_c, phi_c;
+    em_phi(Math::set(other) * k, em_o, phi_o);
+    if (other == 0 && mine == 0) return Math::set(0.5) * k * k;
+    if (other == 0) {
+      V em, phi;
+      em_phi(Math::set(mine) * k, em, phi);
+      return Math::set(1 / (mine * mine)) * phi;
+    }
+    if (c == 0) return Math::set(1 / (other * other)) * phi_o;
+    const V scaled = Math::set(other) * k;
+    if (mine == 0) {  // psi(other·k)
+      const V one = Math::set(1);
+      const V near = scaled * scaled + (scaled - one) * phi_o;
+      const V far = one + (Math::max(scaled, Math::set(-1000)) - one) * (one + em_o);
+      return Math::set(1 / (other * other)) * Math::select(Math::greater(one, Math::abs(scaled)), near, far);
+    }
+    em_phi(Math::set(c) * k, em_c, phi_c);
+    const double ratio = other / c, unit = 1 / (other * mine);
+    // Near 0 through phi (the linear parts cancel exactly), far from it through e^x - 1 (which stays finite).
+    const V near = Math::set(ratio) * phi_c - phi_o;
+    const V far = Math::set(ratio) * em_c - em_o;
+    return Math::set(unit) * Math::select(Math::greater(k, Math::set(-1)), near, far);
+  }
+  KD_INLINE V value(const Column<Math>& col) const {
+    const V by_student = from_larger(col.k, a, b), by_teacher = from_larger(col.k, b, a);
+    return base(col) * Math::select(col.teacher_larger, by_teacher, by_student);
+  }
+  // (q^(a+b) - p^a q^b)/a
+  KD_INLINE V slope(const Column<Math>& col) const {
+    V em_a, em_b, em_c, unused;
+    const V k = Math::max(col.k, Math::set(-1e30));
+    em_phi(Math::set(b) * k, em_b, unused);
+    V by_student, by_teacher;
+    if (a == 0) {
+      by_student = -k;
+      by_teacher = Math::select(Math::greater(em_b, Math::set(-1)), (Math::set(1) + em_b) * k, Math::set(0));
+    } else {
+      em_phi(Math::set(a) * k, em_a, unused);
+      em_phi(Math::set(c) * k, em_c, unused);
+      by_student = Math::set(-1 / a) * em_a;
+      by_teacher = Math::set(1 / a) * (em_c - em_b);
+    }
+    return base(col) * Math::select(col.teacher_larger, by_teacher, by_student);
+  }
+};
+
+template <template <class> class... Ds>
+struct DivergenceList {};
+using AllDivergences = DivergenceList<ForwardKL, ReverseKL, SymmetricKL, JensenShannon, SkewForwardKL, SkewReverseKL,
+                                      TotalVariation, AlphaBeta>;  // in the order of DivergenceId (rows.h)
+
+}  // namespace kdkernels

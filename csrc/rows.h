@@ -1,0 +1,88 @@
+// The problem every backend solves: N independent rows of logits of two models in, a loss per row out, and the
+// gradient of the student's logits where it is asked for. Plain pointers and strides; knows nothing of Python or torch.
+#pragma once
+#include <cstdint>
+
+#include "divergence/inline.h"
+
+namespace kdkernels {
+
+enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
+
+// Always inlined, as every function here: several instruction sets include this header, and the linker keeps one copy.
+KD_INLINE int64_t bytes_per_element(DType dtype) {
+  switch (dtype) {
+    case DType::float64: return 8;
+    case DType::float32: return 4;
+    default: return 2;
+  }
+}
+
+enum class DivergenceId : int32_t {
+  forward_kl = 0,
+  reverse_kl = 1,
+  symmetric_kl = 2,
+  jensen_shannon = 3,
+  skew_forward_kl = 4,
+  skew_reverse_kl = 5,
+  total_variation = 6,
+  alpha_beta = 7,
+};
+
+// The leading dimensions of a (..., V) tensor whose last one is contiguous; strides in elements. Row numbers count
+// in row-major order, so that a shifted view such as logits[:, :-1] is read where it lies.
+struct RowLayout {
+  static constexpr int max_dims = 4;
+  int dims = 0;
+  int64_t size[max_dims] = {};
+  int64_t stride[max_dims] = {};
+
+  KD_INLINE int64_t offset(int64_t row) const {
+    int64_t at = 0;
+    for (int i = dims - 1; i > 0; i--) {
+      at += row % size[i] * stride[i];
+      row /= size[i];
+    }
+    return dims ? at + row * stride[0] : 0;
+  }
+};
+
+// Applied to a model's logits before the temperature: x = logit_scale·z, then softcap·tanh(x / softcap) if softcap > 0.
+struct Transform {
+  double logit_scale = 1;
+  double softcap = 0;
+  KD_INLINE bool identity() const { return logit_scale == 1 && !(softcap > 0); }
+};
+
+struct Logits {
+  const void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t width = 0;  // columns in memory; those from vocab_size on are padding
+  RowLayout rows;
+  Transform transform;
+};
+
+// row = kd_weight·T²·D(p, q) + ce_weight·CE(label), times row_scale.
+struct RowProblem {
+  Logits student, teacher;
+  int64_t rows = 0;
+  int64_t vocab_size = 0;
+  int32_t divergence = 0;        // a DivergenceId
+  double parameters[2] = {};     // the divergence's own
+  double kd_weight = 1;
+  double ce_weight = 0;          // > 0 needs labels
+  bool scale_by_temperature = true;
+  double temperature = 1;
+  const int64_t* labels = nullptr;  // one per row; outside [0, vocab_size): the row is NaN
+  bool scale_gradient = true;       // false: row_scale multiplies the loss alone (the caller scales the gradient)
+
+  // Numbers per row are double where the student is float64, else float.
+  const void* temperatures = nullptr;  // (rows), replaces temperature; may be null
+  const void* row_scale = nullptr;     // (rows); a row with 0 is not read, its loss and gradient are 0
+  void* loss = nullptr;                // (rows)
+  void* stats = nullptr;               // (4, rows): student lse, teacher lse, divergence, cross-entropy
+  void* gradient = nullptr;  // null: none wanted. dtype of the student; may be the student's own memory
+  RowLayout gradient_rows;
+};
+
+}  // namespace kdkernels

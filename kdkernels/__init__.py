@@ -1,0 +1,39 @@
+"""kdkernels: fused knowledge-distillation losses for large-vocabulary language models."""
+
+from importlib.metadata import version as _version
+
+from kdkernels import backends, reference
+from kdkernels.divergences import (
+    AlphaBeta,
+    Divergence,
+    ForwardKL,
+    JensenShannon,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    SymmetricKL,
+    TotalVariation,
+)
+from kdkernels.losses import distillation_loss
+from kdkernels.modules import DistillationLoss
+from kdkernels.stats import RowStats
+
+__version__ = _version("kdkernels")
+
+__all__ = [
+    "AlphaBeta",
+    "DistillationLoss",
+    "Divergence",
+    "ForwardKL",
+    "JensenShannon",
+    "ReverseKL",
+    "RowStats",
+    "SkewForwardKL",
+    "SkewReverseKL",
+    "SymmetricKL",
+    "TotalVariation",
+    "__version__",
+    "backends",
+    "distillation_loss",
+    "reference",
+]

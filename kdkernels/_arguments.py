@@ -1,0 +1,259 @@
+"""Every check of what a caller hands in, before any work: a message names the argument, what came, what was expected."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from kdkernels.divergences import Divergence, resolve
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class LossOptions(TypedDict, total=False):
+    """The keyword arguments that every form of the loss shares; see kdkernels.distillation_loss."""
+
+    divergence: Divergence | str
+    temperature: float | Tensor
+    kd_weight: float
+    ce_weight: float
+    scale_by_temperature: bool
+    weight: Tensor | None
+    reduction: str
+    normalizer: float | Tensor | None
+    ignore_index: int
+    vocab_size: int | None
+    student_logit_scale: float
+    student_softcap: float | None
+    teacher_logit_scale: float
+    teacher_softcap: float | None
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Applied to a model's logits before the temperature: x = logit_scale·z, then softcap·tanh(x / softcap)."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A checked call. Shapes: logits (..., V), everything per row (...)."""
+
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor | None
+    divergence: Divergence
+    temperature: float | Tensor
+    kd_weight: float
+    ce_weight: float
+    scale_by_temperature: bool
+    weight: Tensor | None
+    reduction: str
+    normalizer: float | Tensor | None
+    ignore_index: int
+    vocab_size: int
+    student_transform: Transform
+    teacher_transform: Transform
+
+
+def _check_logits(name: str, logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} must be a Tensor of logits (..., V), got {type(logits).__name__}")
+    if logits.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+    if logits.dim() < 1:
+        raise ValueError(f"{name} must have at least one dimension (..., V), got a scalar")
+    if logits.shape[-1] < 1:
+        raise ValueError(f"{name} must have at least one column, got shape {tuple(logits.shape)}")
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(
+            f"{name} must be contiguous in its last dimension, got strides {tuple(logits.stride())} "
+            f"for shape {tuple(logits.shape)}; call .contiguous() on it"
+        )
+
+
+def _check_rows(name: str, value: Tensor, student: Tensor, dtypes: str) -> None:
+    rows = student.shape[:-1]
+    if value.shape != rows:
+        raise ValueError(
+            f"{name} must have one entry per row of student_logits, shape {tuple(rows)}, got {tuple(value.shape)}"
+        )
+    if value.device != student.device:
+        raise ValueError(f"{name} is on {value.device}, student_logits on {student.device}; move one of them")
+    fits = value.is_floating_point() if dtypes == "float" else value.dtype == torch.int64
+    if not fits:
+        raise TypeError(f"{name} must be {dtypes}, got {value.dtype}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if isinstance(value, (int, float)) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def _check_transform(side: str, logit_scale: float, softcap: float | None) -> Transform:
+    _check_number(f"{side}_logit_scale", logit_scale)
+    if softcap is not None:
+        _check_number(f"{side}_softcap", softcap)
+        if softcap <= 0:
+            raise ValueError(f"{side}_softcap must be positive, got {softcap}")
+    return Transform(logit_scale, softcap)
+
+
+def _check_vocab_size(vocab_size: int | None, student: Tensor, teacher: Tensor) -> int:
+    widths = student.shape[-1], teacher.shape[-1]
+    if vocab_size is None:
+        if widths[0] != widths[1]:
+            raise ValueError(
+                f"student_logits has {widths[0]} columns and teacher {widths[1]}; "
+                "give vocab_size, the number of columns that are tokens in both"
+            )
+        return widths[0]
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
+        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
+    if not 1 <= vocab_size <= min(widths):
+        raise ValueError(f"vocab_size must lie in [1, {min(widths)}], the columns both models have, got {vocab_size}")
+    return vocab_size
+
+
+def _check_temperature(temperature: float | Tensor, student: Tensor) -> None:
+    if isinstance(temperature, Tensor):
+        # A number per row stays on the device; a row whose temperature is not positive comes out as NaN.
+        if temperature.dim() > 0:
+            _check_rows("temperature", temperature, student, "float")
+        elif not temperature.is_floating_point():
+            raise TypeError(f"temperature must be float, got {temperature.dtype}")
+        if temperature.requires_grad:
+            raise ValueError("temperature requires grad, but no gradient is formed for it; detach it")
+        return
+    _check_number("temperature", temperature)
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+
+
+def _check_labels(labels: Tensor, ignore_index: int, vocab_size: int, student: Tensor) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be an int64 Tensor, got {type(labels).__name__}")
+    _check_rows("labels", labels, student, "int64")
+    # Reading them back is free on the CPU alone; elsewhere such a row's loss is NaN.
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and labels.numel():
+        counting = labels != ignore_index
+        wrong = counting & ((labels < 0) | (labels >= vocab_size))
+        if bool(wrong.any()):
+            raise ValueError(
+                f"labels must be {ignore_index} (ignore_index) or lie in [0, {vocab_size}), got {int(labels[wrong][0])}"
+            )
+
+
+_warned_about_teacher = False
+
+
+def _warn_if_teacher_requires_grad(teacher: Tensor) -> None:
+    global _warned_about_teacher
+    if teacher.requires_grad and torch.is_grad_enabled() and not _warned_about_teacher:
+        if torch.compiler.is_compiling():
+            return
+        _warned_about_teacher = True
+        warnings.warn(
+            "teacher requires grad, but a distillation loss gives it none; compute it under torch.no_grad()",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _check_normalizer(normalizer: float | Tensor, reduction: str, student: Tensor) -> None:
+    if reduction != "mean":
+        raise ValueError(f"normalizer replaces the mean's denominator, but reduction is {reduction!r}")
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer must be a number or a 0-dim Tensor, got shape {tuple(normalizer.shape)}")
+        if normalizer.device != student.device and normalizer.device.type != "cpu":
+            raise ValueError(f"normalizer is on {normalizer.device}, student_logits on {student.device}; move one")
+        return
+    _check_number("normalizer", normalizer)
+    if normalizer < 0:
+        raise ValueError(f"normalizer must not be negative, got {normalizer}")
+
+
+def check(
+    student_logits: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    *,
+    divergence: Divergence | str = "forward_kl",
+    temperature: float | Tensor = 1.0,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    scale_by_temperature: bool = True,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+) -> Arguments:
+    """The call as :class:`Arguments`, or a ValueError or TypeError that names the argument."""
+    _check_logits("student_logits", student_logits)
+    _check_logits("teacher", teacher)
+    if student_logits.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"teacher must have the rows of student_logits, {tuple(student_logits.shape[:-1])}, "
+            f"got {tuple(teacher.shape[:-1])}"
+        )
+    if student_logits.device != teacher.device:
+        raise ValueError(f"teacher is on {teacher.device}, student_logits on {student_logits.device}; move one of them")
+    vocab = _check_vocab_size(vocab_size, student_logits, teacher)
+    resolved = resolve(divergence)
+    _check_temperature(temperature, student_logits)
+    _check_number("kd_weight", kd_weight)
+    _check_number("ce_weight", ce_weight)
+    if ce_weight < 0:
+        raise ValueError(f"ce_weight must not be negative, got {ce_weight}")
+    if ce_weight > 0 and labels is None:
+        raise ValueError(f"labels are needed for ce_weight = {ce_weight}, got None")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if labels is not None:
+        _check_labels(labels, ignore_index, vocab, student_logits)
+    if weight is not None:
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight must be a float Tensor, got {type(weight).__name__}")
+        _check_rows("weight", weight, student_logits, "float")
+        if weight.requires_grad:
+            raise ValueError("weight requires grad, but no gradient is formed for it; detach it")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if normalizer is not None:
+        _check_normalizer(normalizer, reduction, student_logits)
+    student_transform = _check_transform("student", student_logit_scale, student_softcap)
+    teacher_transform = _check_transform("teacher", teacher_logit_scale, teacher_softcap)
+    _warn_if_teacher_requires_grad(teacher)
+    return Arguments(
+        student=student_logits,
+        teacher=teacher.detach(),
+        labels=labels,
+        divergence=resolved,
+        temperature=temperature,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        scale_by_temperature=scale_by_temperature,
+        weight=weight,
+        reduction=reduction,
+        normalizer=normalizer,
+        ignore_index=ignore_index,
+        vocab_size=vocab,
+        student_transform=student_transform,
+        teacher_transform=teacher_transform,
+    )

@@ -1,0 +1,189 @@
+"""The C++ kernels (csrc, built as kdkernels._C): torch tensors to addresses, strides and threads."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_kernels: ModuleType | None
+try:
+    _kernels = importlib.import_module("kdkernels._C")
+    _import_error = ""
+except ImportError as error:
+    _kernels = None
+    _import_error = str(error)
+
+BUILD_HINT = "build it with `pip install -e .` (needs a C++20 compiler) in a checkout of kdkernels"
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+# The ids of csrc/rows.h.
+DIVERGENCE_IDS = {
+    "forward_kl": 0,
+    "reverse_kl": 1,
+    "symmetric_kl": 2,
+    "jensen_shannon": 3,
+    "skew_forward_kl": 4,
+    "skew_reverse_kl": 5,
+    "total_variation": 6,
+    "alpha_beta": 7,
+}
+
+
+def why_not(device: torch.device | None = None) -> str | None:
+    """Why the C++ kernels cannot serve tensors on ``device``; None where they can."""
+    if _kernels is None:
+        return f"the extension kdkernels._C is not built ({_import_error}); {BUILD_HINT}"
+    if device is not None and device.type != "cpu":
+        return f"this build has kernels for the CPU, not for {device.type}"
+    return None
+
+
+def capability() -> str:
+    """The instruction set the CPU kernels use: "baseline", "avx2" or "avx512"."""
+    return str(_built().cpu_capability())
+
+
+def _built() -> ModuleType:
+    if _kernels is None:
+        raise RuntimeError(why_not())
+    return _kernels
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """What a row sweep is told beside its tensors; see csrc/rows.h."""
+
+    divergence: str
+    parameters: tuple[float, ...]
+    temperature: float
+    kd_weight: float
+    ce_weight: float
+    scale_by_temperature: bool
+    vocab_size: int
+    student_logit_scale: float
+    student_softcap: float
+    teacher_logit_scale: float
+    teacher_softcap: float
+    scale_gradient: bool
+
+
+def row_layout(logits: Tensor) -> tuple[list[int], list[int]]:
+    """Sizes and strides of the leading dimensions, as few as describe them: neighbours that are one run are merged."""
+    sizes: list[int] = []
+    strides: list[int] = []
+    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if sizes and strides[-1] == size * stride:
+            sizes[-1] *= size
+            strides[-1] = stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    return sizes, strides
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def empty_gradient(student: Tensor) -> Tensor:
+    """Uninitialised memory for a gradient of the student's logits, contiguous."""
+    gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+    _built().advise_huge_pages(gradient.data_ptr(), gradient.numel() * gradient.element_size())
+    return gradient
+
+
+def _few_dims(logits: Tensor) -> Tensor:
+    # More runs of rows than csrc counts do not occur in practice; correct all the same, at the price of a copy.
+    return logits if len(row_layout(logits)[0]) <= _built().max_row_dims else logits.contiguous()
+
+
+def row_loss(
+    student: Tensor,  # (..., V_s)
+    teacher: Tensor,  # (..., V_t)
+    labels: Tensor | None,  # (...) int64
+    row_scale: Tensor,  # (...) fp32 (fp64 for an fp64 student)
+    temperatures: Tensor | None,  # (...) as row_scale
+    options: RowOptions,
+    gradient: Tensor | None,  # (..., V_s), written; may be the student itself
+    loss: Tensor,  # (...) as row_scale, written
+    stats: Tensor,  # (4, ...) as row_scale, written
+) -> None:
+    """Loss, statistics and (where asked for) gradient of every row, written to the last three arguments."""
+    kernels = _built()
+    given, student, teacher = student, _few_dims(student), _few_dims(teacher)
+    target = student if gradient is given else gradient
+    labels = None if labels is None else labels.contiguous()
+    row_scale = row_scale.contiguous()
+    temperatures = None if temperatures is None else temperatures.contiguous()
+    sizes, strides = row_layout(student)
+    teacher_sizes, teacher_strides = row_layout(teacher)
+    kernels.cpu_row_loss(
+        student=kernels.Logits(
+            data=student.data_ptr(),
+            dtype=DTYPE_CODES[student.dtype],
+            width=student.shape[-1],
+            sizes=sizes,
+            strides=strides,
+            logit_scale=options.student_logit_scale,
+            softcap=options.student_softcap,
+        ),
+        teacher=kernels.Logits(
+            data=teacher.data_ptr(),
+            dtype=DTYPE_CODES[teacher.dtype],
+            width=teacher.shape[-1],
+            sizes=teacher_sizes,
+            strides=teacher_strides,
+            logit_scale=options.teacher_logit_scale,
+            softcap=options.teacher_softcap,
+        ),
+        rows=row_scale.numel(),
+        vocab_size=options.vocab_size,
+        divergence=DIVERGENCE_IDS[options.divergence],
+        parameters=options.parameters,
+        kd_weight=options.kd_weight,
+        ce_weight=options.ce_weight,
+        scale_by_temperature=options.scale_by_temperature,
+        temperature=options.temperature,
+        temperatures=_address(temperatures),
+        labels=_address(labels),
+        row_scale=row_scale.data_ptr(),
+        scale_gradient=options.scale_gradient,
+        loss=loss.data_ptr(),
+        stats=stats.data_ptr(),
+        gradient=_address(target),
+        gradient_sizes=[] if target is None else row_layout(target)[0],
+        gradient_strides=[] if target is None else row_layout(target)[1],
+        threads=torch.get_num_threads(),
+    )
+    if gradient is given and student is not given:
+        given.copy_(student)
+
+
+def scale_rows(
+    values: Tensor,  # (..., V)
+    factors: Tensor,  # (...) fp32 (fp64 for fp64 values)
+    out: Tensor,  # (..., V), the strides of values; may be values itself
+) -> None:
+    """out = values·factors, row by row. Rows whose factor is 1 are copied, or not touched where out is values."""
+    sizes, strides = row_layout(values)
+    if len(sizes) > _built().max_row_dims:
+        out.copy_(values * factors.unsqueeze(-1))
+        return
+    factors = factors.contiguous()
+    _built().cpu_scale_rows(
+        inp=values.data_ptr(),
+        out=out.data_ptr(),
+        dtype=DTYPE_CODES[values.dtype],
+        sizes=sizes,
+        strides=strides,
+        rows=factors.numel(),
+        width=values.shape[-1],
+        factors=factors.data_ptr(),
+        threads=torch.get_num_threads(),
+    )

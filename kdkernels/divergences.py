@@ -1,0 +1,192 @@
+"""What to measure between teacher and student: the family of divergences, as frozen dataclasses.
+
+Each names D(p, q) over one row, p the teacher's and q the student's distribution over the vocabulary. The definitions
+are in docs/losses.md; :mod:`kdkernels.reference` computes them in plain PyTorch, the backends in fused sweeps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+def _check_finite(owner: object, **values: float) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{type(owner).__name__}: {name} must be a number, got {type(value).__name__}")
+        if not math.isfinite(value):
+            raise ValueError(f"{type(owner).__name__}: {name} must be finite, got {value}")
+
+
+def _check_range(owner: object, name: str, value: float, *, one_allowed: bool) -> None:
+    _check_finite(owner, **{name: value})
+    if not (0 <= value < 1 or (one_allowed and value == 1)):
+        interval = "[0, 1]" if one_allowed else "[0, 1)"
+        raise ValueError(f"{type(owner).__name__}: {name} must lie in {interval}, got {value}")
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Base class: a divergence between a teacher's and a student's distribution."""
+
+    name: ClassVar[str]
+
+    def canonical(self) -> Divergence:
+        """The simplest divergence that equals this one: its own special cases resolved."""
+        return self
+
+    def parameters(self) -> tuple[float, ...]:
+        """The numbers a kernel of this ``name`` takes."""
+        return ()
+
+
+@dataclass(frozen=True)
+class ForwardKL(Divergence):
+    r"""KL(p‖q) = Σ p (log p - log q): Hinton et al. 2015 (arXiv 1503.02531)."""
+
+    name: ClassVar[str] = "forward_kl"
+
+
+@dataclass(frozen=True)
+class ReverseKL(Divergence):
+    r"""KL(q‖p) = Σ q (log q - log p): MiniLLM (arXiv 2306.08543)."""
+
+    name: ClassVar[str] = "reverse_kl"
+
+
+@dataclass(frozen=True)
+class SymmetricKL(Divergence):
+    r"""(1 - weight)·KL(p‖q) + weight·KL(q‖p), 0 <= weight <= 1."""
+
+    weight: float = 0.5
+    name: ClassVar[str] = "symmetric_kl"
+
+    def __post_init__(self) -> None:
+        _check_range(self, "weight", self.weight, one_allowed=True)
+
+    def parameters(self) -> tuple[float, ...]:
+        return (self.weight,)
+
+    def canonical(self) -> Divergence:
+        return {0: ForwardKL(), 1: ReverseKL()}.get(self.weight, self)
+
+
+@dataclass(frozen=True)
+class JensenShannon(Divergence):
+    r"""beta·KL(p‖M) + (1 - beta)·KL(q‖M) with M = beta·p + (1 - beta)·q: GKD (arXiv 2306.13649).
+
+    beta = 0 means :class:`ForwardKL` and beta = 1 :class:`ReverseKL`, as in TRL and Liger (the formula itself tends
+    to 0 there).
+    """
+
+    beta: float = 0.5
+    name: ClassVar[str] = "jensen_shannon"
+
+    def __post_init__(self) -> None:
+        _check_range(self, "beta", self.beta, one_allowed=True)
+
+    def parameters(self) -> tuple[float, ...]:
+        return (self.beta,)
+
+    def canonical(self) -> Divergence:
+        return {0: ForwardKL(), 1: ReverseKL()}.get(self.beta, self)
+
+
+@dataclass(frozen=True)
+class SkewForwardKL(Divergence):
+    r"""KL(p ‖ lam·p + (1 - lam)·q), 0 <= lam < 1: DistiLLM (arXiv 2402.03898)."""
+
+    lam: float = 0.1
+    name: ClassVar[str] = "skew_forward_kl"
+
+    def __post_init__(self) -> None:
+        _check_range(self, "lam", self.lam, one_allowed=False)
+
+    def parameters(self) -> tuple[float, ...]:
+        return (self.lam,)
+
+    def canonical(self) -> Divergence:
+        return ForwardKL() if self.lam == 0 else self
+
+
+@dataclass(frozen=True)
+class SkewReverseKL(Divergence):
+    r"""KL(q ‖ (1 - lam)·p + lam·q), 0 <= lam < 1: DistiLLM (arXiv 2402.03898)."""
+
+    lam: float = 0.1
+    name: ClassVar[str] = "skew_reverse_kl"
+
+    def __post_init__(self) -> None:
+        _check_range(self, "lam", self.lam, one_allowed=False)
+
+    def parameters(self) -> tuple[float, ...]:
+        return (self.lam,)
+
+    def canonical(self) -> Divergence:
+        return ReverseKL() if self.lam == 0 else self
+
+
+@dataclass(frozen=True)
+class TotalVariation(Divergence):
+    r"""½ Σ |p - q|; its subgradient at p = q is 0."""
+
+    name: ClassVar[str] = "total_variation"
+
+
+@dataclass(frozen=True)
+class AlphaBeta(Divergence):
+    r"""-1/(αβ) Σ [p^α q^β - α/(α+β) p^(α+β) - β/(α+β) q^(α+β)]: ABKD (arXiv 2505.04560).
+
+    Where α, β or α + β is 0, the limit. (1, 0) is :class:`ForwardKL`, (0, 1) :class:`ReverseKL`. Negative exponents
+    are allowed and grow without bound where a probability tends to 0.
+    """
+
+    alpha: float = 0.5
+    beta: float = 0.5
+    name: ClassVar[str] = "alpha_beta"
+
+    def __post_init__(self) -> None:
+        _check_finite(self, alpha=self.alpha, beta=self.beta)
+
+    def parameters(self) -> tuple[float, ...]:
+        return (self.alpha, self.beta)
+
+    def canonical(self) -> Divergence:
+        if (self.alpha, self.beta) == (1, 0):
+            return ForwardKL()
+        if (self.alpha, self.beta) == (0, 1):
+            return ReverseKL()
+        return self
+
+
+BY_NAME: dict[str, type[Divergence]] = {
+    cls.name: cls
+    for cls in (
+        ForwardKL,
+        ReverseKL,
+        SymmetricKL,
+        JensenShannon,
+        SkewForwardKL,
+        SkewReverseKL,
+        TotalVariation,
+        AlphaBeta,
+    )
+}
+
+
+def resolve(divergence: Divergence | str) -> Divergence:
+    """A Divergence from itself or from its name with default parameters, in canonical form.
+
+    Raises:
+        ValueError: a name that is not one of :data:`BY_NAME`.
+        TypeError: anything else, a class instead of an instance included.
+    """
+    if isinstance(divergence, str):
+        if divergence not in BY_NAME:
+            raise ValueError(f"divergence: unknown name {divergence!r}; expected one of {', '.join(BY_NAME)}")
+        return BY_NAME[divergence]().canonical()
+    if not isinstance(divergence, Divergence):
+        hint = f"; did you mean {divergence.__name__}()?" if isinstance(divergence, type) else ""
+        raise TypeError(f"divergence must be a Divergence or its name, got {divergence!r}{hint}")
+    return divergence.canonical()

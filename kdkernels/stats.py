@@ -1,0 +1,23 @@
+"""What a loss reports beside itself."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class RowStats(NamedTuple):
+    """Per-token numbers of one loss, detached, shape (...), fp32 (fp64 for fp64 students).
+
+    Rows that count for nothing (ignored label, weight 0) are not read and report 0.
+    """
+
+    #: logsumexp of the student's transformed logits over the temperature.
+    student_lse: Tensor
+    #: logsumexp of the teacher's.
+    teacher_lse: Tensor
+    #: D(p, q), before kd_weight, T² and token weights.
+    divergence: Tensor
+    #: -log softmax(student)[label] at temperature 1; None where ce_weight is 0.
+    cross_entropy: Tensor | None

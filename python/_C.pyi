@@ -1,0 +1,61 @@
+"""The C++ kernels of kdkernels. Private: use kdkernels.distillation_loss.
+
+Addresses are integers (``Tensor.data_ptr()``); 0 means none. dtype codes: 0 float32, 1 bfloat16, 2 float16, 3 float64.
+"""
+
+from collections.abc import Sequence
+
+max_row_dims: int
+cuda: bool
+
+class Logits:
+    def __init__(
+        self,
+        *,
+        data: int,
+        dtype: int,
+        width: int,
+        sizes: Sequence[int],
+        strides: Sequence[int],
+        logit_scale: float,
+        softcap: float,
+    ) -> None: ...
+
+def cpu_capabilities() -> list[str]: ...
+def cpu_capability() -> str: ...
+def cpu_row_loss(
+    *,
+    student: Logits,
+    teacher: Logits,
+    rows: int,
+    vocab_size: int,
+    divergence: int,
+    parameters: Sequence[float],
+    kd_weight: float,
+    ce_weight: float,
+    scale_by_temperature: bool,
+    temperature: float,
+    temperatures: int,
+    labels: int,
+    row_scale: int,
+    scale_gradient: bool,
+    loss: int,
+    stats: int,
+    gradient: int,
+    gradient_sizes: Sequence[int],
+    gradient_strides: Sequence[int],
+    threads: int,
+) -> None: ...
+def cpu_scale_rows(
+    *,
+    inp: int,
+    out: int,
+    dtype: int,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    rows: int,
+    width: int,
+    factors: int,
+    threads: int,
+) -> None: ...
+def advise_huge_pages(data: int, bytes: int) -> None: ...

@@ -1,0 +1,106 @@
+// kdkernels._C: csrc for Python. Addresses come as integers (Tensor.data_ptr()), checked by the caller; the GIL is
+// released while a sweep runs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../csrc/cpu/rows.h"
+#include "../csrc/rows.h"
+
+namespace py = pybind11;
+namespace kd = kdkernels;
+
+namespace {
+
+template <class T = void>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+kd::DType dtype_from(int code) {
+  if (code < 0 || code > 3) throw std::invalid_argument("unknown dtype code " + std::to_string(code));
+  return static_cast<kd::DType>(code);
+}
+
+kd::RowLayout layout(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  if (sizes.size() != strides.size() || sizes.size() > size_t(kd::RowLayout::max_dims))
+    throw std::invalid_argument("a row layout has up to " + std::to_string(kd::RowLayout::max_dims) +
+                                " sizes and as many strides");
+  kd::RowLayout l;
+  l.dims = int(sizes.size());
+  for (int i = 0; i < l.dims; i++) l.size[i] = sizes[size_t(i)], l.stride[i] = strides[size_t(i)];
+  return l;
+}
+
+kd::Logits logits(std::uintptr_t data, int dtype, int64_t width, const std::vector<int64_t>& sizes,
+                  const std::vector<int64_t>& strides, double logit_scale, double softcap) {
+  return {pointer(data), dtype_from(dtype), width, layout(sizes, strides), {logit_scale, softcap}};
+}
+
+void cpu_row_loss(const kd::Logits& student, const kd::Logits& teacher, int64_t rows, int64_t vocab_size,
+                  int divergence, const std::vector<double>& parameters, double kd_weight, double ce_weight,
+                  bool scale_by_temperature, double temperature, std::uintptr_t temperatures, std::uintptr_t labels,
+                  std::uintptr_t row_scale, bool scale_gradient, std::uintptr_t loss, std::uintptr_t stats,
+                  std::uintptr_t gradient, const std::vector<int64_t>& gradient_sizes,
+                  const std::vector<int64_t>& gradient_strides, int threads) {
+  if (parameters.size() > 2) throw std::invalid_argument("a divergence has up to 2 parameters");
+  if (divergence < 0 || divergence > int(kd::DivergenceId::alpha_beta))
+    throw std::invalid_argument("unknown divergence id " + std::to_string(divergence));
+  kd::RowProblem p;
+  p.student = student;
+  p.teacher = teacher;
+  p.rows = rows;
+  p.vocab_size = vocab_size;
+  p.divergence = divergence;
+  for (size_t i = 0; i < parameters.size(); i++) p.parameters[i] = parameters[i];
+  p.kd_weight = kd_weight;
+  p.ce_weight = ce_weight;
+  p.scale_by_temperature = scale_by_temperature;
+  p.temperature = temperature;
+  p.temperatures = pointer(temperatures);
+  p.labels = pointer<const int64_t>(labels);
+  p.row_scale = pointer(row_scale);
+  p.scale_gradient = scale_gradient;
+  p.loss = pointer(loss);
+  p.stats = pointer(stats);
+  p.gradient = pointer(gradient);
+  p.gradient_rows = layout(gradient_sizes, gradient_strides);
+  py::gil_scoped_release release;
+  kd::cpu::row_loss(p, threads);
+}
+
+void cpu_scale_rows(std::uintptr_t in, std::uintptr_t out, int dtype, const std::vector<int64_t>& sizes,
+                    const std::vector<int64_t>& strides, int64_t rows, int64_t width, std::uintptr_t factors,
+                    int threads) {
+  const kd::RowLayout l = layout(sizes, strides);
+  const kd::DType type = dtype_from(dtype);
+  py::gil_scoped_release release;
+  kd::cpu::scale_rows(pointer(in), pointer(out), type, l, rows, width, pointer(factors), threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The C++ kernels of kdkernels. Private: use kdkernels.distillation_loss.";
+  py::class_<kd::Logits>(m, "Logits")
+      .def(py::init(&logits), py::kw_only(), py::arg("data"), py::arg("dtype"), py::arg("width"), py::arg("sizes"),
+           py::arg("strides"), py::arg("logit_scale"), py::arg("softcap"));
+  m.attr("max_row_dims") = py::int_(int(kd::RowLayout::max_dims));
+  m.attr("cuda") = py::bool_(false);
+  m.def("cpu_capabilities", &kd::cpu::capabilities);
+  m.def("cpu_capability", &kd::cpu::capability);
+  m.def("cpu_row_loss", &cpu_row_loss, py::kw_only(), py::arg("student"), py::arg("teacher"), py::arg("rows"),
+        py::arg("vocab_size"), py::arg("divergence"), py::arg("parameters"), py::arg("kd_weight"),
+        py::arg("ce_weight"), py::arg("scale_by_temperature"), py::arg("temperature"), py::arg("temperatures"),
+        py::arg("labels"), py::arg("row_scale"), py::arg("scale_gradient"), py::arg("loss"), py::arg("stats"),
+        py::arg("gradient"), py::arg("gradient_sizes"), py::arg("gradient_strides"), py::arg("threads"));
+  m.def("cpu_scale_rows", &cpu_scale_rows, py::kw_only(), py::arg("inp"), py::arg("out"), py::arg("dtype"),
+        py::arg("sizes"), py::arg("strides"), py::arg("rows"), py::arg("width"), py::arg("factors"),
+        py::arg("threads"));
+  m.def("advise_huge_pages",
+        [](std::uintptr_t data, int64_t bytes) { kd::cpu::advise_huge_pages(pointer(data), bytes); });
+}
