@@ -144,12 +144,11 @@ void transform_block(const Transform& t, int n, typename Math::Real* x, typename
       if (derivative) Math::store(derivative + i, scale);
       continue;
     }
-    const V u = ratio * z;  // tanh|u| = -em / (2 + em), em = e^(-2|u|) - 1
-    V em, unused;
-    Math::expm1_and_phi(Math::set(-2) * Math::abs(u), em, unused);
-    const V reciprocal = one / (Math::set(2) + em), magnitude = -em * reciprocal;
+    const V u = ratio * z;  // tanh|u| = (1 - e)/(1 + e), e = e^(-2|u|)
+    const auto e = Math::exponential(Math::set(-2) * Math::abs(u));
+    const V reciprocal = one / (one + e.e), magnitude = -e.em * reciprocal;
     Math::store(x + i, cap * Math::select(Math::greater(Math::set(0), u), -magnitude, magnitude));
-    if (derivative) Math::store(derivative + i, scale * Math::set(4) * (one + em) * reciprocal * reciprocal);
+    if (derivative) Math::store(derivative + i, scale * Math::set(4) * e.e * reciprocal * reciprocal);
   }
 }
 

@@ -9,13 +9,15 @@
 namespace kdkernels {
 namespace {
 
+constexpr double kLog2E = 1.4426950408889634;
+
 // What the first sweep knows after some blocks; merging is rescaling to a common maximum.
 struct Statistics {
   double student_max = -INFINITY, teacher_max = -INFINITY;
   double student_sum = 0, teacher_sum = 0;  // of e^((z - max)/T)
   double hard_sum = 0;                      // of e^(z - max): the student at temperature 1
-  // Teacher-weighted moments of x = ((teacher - student) - origin)/T: their variance is about 2·KL where the models
-  // nearly agree.
+  int64_t top_block = 0;                    // where student_max is
+  // Teacher-weighted moments of x = ((teacher - student) - origin)/T, the spread of the log-ratios.
   double origin = 0, moment1 = 0, moment2 = 0;
 
   double variance() const {
@@ -26,53 +28,75 @@ struct Statistics {
 
 inline double finite_or_zero(double x) { return std::isfinite(x) ? x : 0; }
 
+// Adds a block's moments: of its columns where the block carries much of the teacher's mass, else of its two maxima
+// alone, which costs nothing and tells models that agree from models that do not.
+template <class Math>
+void add_moments(const typename Math::Real* student, const typename Math::Real* teacher, int n, double inv_temperature,
+                 double block_student_max, double block_teacher_max, double block_sum, Statistics& st) {
+  using V = typename Math::V;
+  if (block_sum < st.teacher_sum / 16) {
+    const double x = finite_or_zero((block_teacher_max - block_student_max - st.origin) * inv_temperature);
+    st.moment1 += block_sum * x;
+    st.moment2 += block_sum * x * x;
+    return;
+  }
+  const V scale = Math::set(inv_temperature), zero = Math::set(0), origin = Math::set(st.origin);
+  const V max = Math::set(st.teacher_max), log2_scale = Math::set(inv_temperature * kLog2E);
+  V moment1 = zero, moment2 = zero;
+  for (int i = 0; i < n; i += Math::lanes) {
+    const V z = Math::load(student + i), y = Math::load(teacher + i);
+    const V p = Math::exp2_nonpositive((y - max) * log2_scale);
+    const V x = ((y - z) - origin) * scale;
+    const V px = Math::select(Math::greater(p, zero), p * x, zero);
+    moment1 = moment1 + px;
+    moment2 = moment2 + Math::select(Math::greater(p, zero), px * x, zero);
+  }
+  st.moment1 += Math::sum(moment1);
+  st.moment2 += Math::sum(moment2);
+}
+
 template <class Math>
 void statistics_block(const typename Math::Real* student, const typename Math::Real* teacher, int n,
-                      double inv_temperature, bool hard, bool moments, Statistics& st) {
+                      int64_t block, double inv_temperature, bool hard, bool moments, Statistics& st) {
   using V = typename Math::V;
   V student_max = Math::set(-INFINITY), teacher_max = student_max;
   for (int i = 0; i < n; i += Math::lanes) {
     student_max = Math::max(Math::load(student + i), student_max);
     teacher_max = Math::max(Math::load(teacher + i), teacher_max);
   }
-  const bool first = st.student_max == -INFINITY;
   const double old_student = st.student_max, old_teacher = st.teacher_max;
   const double block_student = Math::largest(student_max), block_teacher = Math::largest(teacher_max);
-  if (block_student > st.student_max) st.student_max = block_student;
-  if (block_teacher > st.teacher_max) st.teacher_max = block_teacher;
-  if (st.student_max > old_student) {
+  if (block_student > old_student) {
+    st.student_max = block_student;
+    st.top_block = block;
     st.student_sum *= std::exp((old_student - st.student_max) * inv_temperature);
     st.hard_sum *= std::exp(old_student - st.student_max);
   }
-  if (st.teacher_max > old_teacher) {
+  if (block_teacher > old_teacher) {
+    st.teacher_max = block_teacher;
     const double factor = std::exp((old_teacher - st.teacher_max) * inv_temperature);
     st.teacher_sum *= factor, st.moment1 *= factor, st.moment2 *= factor;
   }
-  if (first) st.origin = float(finite_or_zero(st.teacher_max - st.student_max));
+  if (old_student == -INFINITY) st.origin = float(finite_or_zero(st.teacher_max - st.student_max));
 
-  const V scale = Math::set(inv_temperature), zero = Math::set(0), origin = Math::set(st.origin);
+  const V scale = Math::set(inv_temperature * kLog2E), zero = Math::set(0);
   student_max = Math::set(finite_or_zero(st.student_max));  // all -inf so far: e^-inf = 0, and NaN stays NaN
   teacher_max = Math::set(finite_or_zero(st.teacher_max));
-  V student_sum = zero, teacher_sum = zero, moment1 = zero, moment2 = zero;
+  V student_sum = zero, teacher_sum = zero;
   for (int i = 0; i < n; i += Math::lanes) {
-    const V z = Math::load(student + i), y = Math::load(teacher + i);
-    student_sum = student_sum + Math::exp((z - student_max) * scale);
-    const V p = Math::exp((y - teacher_max) * scale);
-    teacher_sum = teacher_sum + p;
-    if (moments) {
-      const V x = ((y - z) - origin) * scale;
-      const V px = Math::select(Math::greater(p, zero), p * x, zero);
-      moment1 = moment1 + px;
-      moment2 = moment2 + Math::select(Math::greater(p, zero), px * x, zero);
-    }
+    student_sum = student_sum + Math::exp2_nonpositive((Math::load(student + i) - student_max) * scale);
+    teacher_sum = teacher_sum + Math::exp2_nonpositive((Math::load(teacher + i) - teacher_max) * scale);
   }
+  const double block_sum = Math::sum(teacher_sum);
   st.student_sum += Math::sum(student_sum);
-  st.teacher_sum += Math::sum(teacher_sum);
-  st.moment1 += Math::sum(moment1);
-  st.moment2 += Math::sum(moment2);
+  st.teacher_sum += block_sum;
+  if (moments)
+    add_moments<Math>(student, teacher, n, inv_temperature, block_student, block_teacher, block_sum, st);
   if (hard) {
+    const V log2e = Math::set(kLog2E);
     V hard_sum = zero;
-    for (int i = 0; i < n; i += Math::lanes) hard_sum = hard_sum + Math::exp(Math::load(student + i) - student_max);
+    for (int i = 0; i < n; i += Math::lanes)
+      hard_sum = hard_sum + Math::exp2_nonpositive((Math::load(student + i) - student_max) * log2e);
     st.hard_sum += Math::sum(hard_sum);
   }
 }
@@ -83,40 +107,52 @@ struct Sums {
 
 template <class Math, class D>
 Sums sums_block(const typename Math::Real* student, const typename Math::Real* teacher, int n,
-                const RowConstants<Math>& row, const D& divergence) {
+                const RowConstants<Math>& row, const D& divergence, double pivot) {
   using V = typename Math::V;
+  const V at = Math::set(pivot);
   V value = Math::set(0), slope = Math::set(0);
   for (int i = 0; i < n; i += Math::lanes) {
     const auto c = Column<Math>::make(Math::load(student + i), Math::load(teacher + i), row);
     value = value + divergence.value(c);
-    slope = slope + divergence.slope(c);
+    slope = slope + divergence.slope(c, at);
   }
   return {Math::sum(value), Math::sum(slope)};
 }
 
 // out = slope_factor·slope + q_factor·q; returns the sum of the values.
-template <class Math, class D>
-double gradient_block(const typename Math::Real* student, const typename Math::Real* teacher, int n,
-                      const RowConstants<Math>& row, const D& divergence, double slope_factor, double q_factor,
-                      typename Math::Real* out) {
+template <bool WithQ, class Math, class D>
+double gradient_columns(const typename Math::Real* student, const typename Math::Real* teacher, int n,
+                        const RowConstants<Math>& row, const D& divergence, double pivot, double slope_factor, double q_factor,
+                        typename Math::Real* out) {
   using V = typename Math::V;
-  const V by_slope = Math::set(slope_factor), by_q = Math::set(q_factor);
+  const V at = Math::set(pivot), by_slope = Math::set(slope_factor), by_q = Math::set(q_factor);
   V value = Math::set(0);
   for (int i = 0; i < n; i += Math::lanes) {
     const auto c = Column<Math>::make(Math::load(student + i), Math::load(teacher + i), row);
     if constexpr (D::slopes_sum_to_zero) value = value + divergence.value(c);
-    Math::store(out + i, by_slope * divergence.slope(c) + by_q * c.student());
+    V g = by_slope * divergence.slope(c, at);
+    if constexpr (WithQ) g = g + by_q * c.student();
+    Math::store(out + i, g);
   }
   return Math::sum(value);
+}
+
+template <class Math, class D>
+double gradient_block(const typename Math::Real* student, const typename Math::Real* teacher, int n,
+                      const RowConstants<Math>& row, const D& divergence, double pivot, double slope_factor, double q_factor,
+                      typename Math::Real* out) {
+  if (q_factor == 0)
+    return gradient_columns<false>(student, teacher, n, row, divergence, pivot, slope_factor, q_factor, out);
+  return gradient_columns<true>(student, teacher, n, row, divergence, pivot, slope_factor, q_factor, out);
 }
 
 // out += factor·e^(student - max)
 template <class Math>
 void add_hard_softmax(const typename Math::Real* student, int n, double student_max, double factor,
                       typename Math::Real* out) {
-  const typename Math::V max = Math::set(student_max), by = Math::set(factor);
+  const typename Math::V max = Math::set(student_max), by = Math::set(factor), log2e = Math::set(kLog2E);
   for (int i = 0; i < n; i += Math::lanes)
-    Math::store(out + i, Math::load(out + i) + by * Math::exp(Math::load(student + i) - max));
+    Math::store(out + i, Math::load(out + i) + by * Math::exp2_nonpositive((Math::load(student + i) - max) * log2e));
 }
 
 // Where the log-normalisers' gap is uncertain by more than this share of the log-ratios' spread, it is refined: sums
@@ -152,7 +188,7 @@ class RowSweep {
     Statistics st;
     for (int64_t b = 0; b < blocks(); b++) {
       const auto [student, teacher, n] = read(b);
-      statistics_block<Math>(student, teacher, n, inv_temperature, own_hard_sum, p_.gradient && kRefineBelow<Math> > 0, st);
+      statistics_block<Math>(student, teacher, n, b, inv_temperature, own_hard_sum, p_.gradient && kRefineBelow<Math> > 0, st);
     }
     const double gap_of_logs = std::log(st.teacher_sum) - std::log(st.student_sum);
     const double max_gap = st.teacher_max - st.student_max;
@@ -166,14 +202,15 @@ class RowSweep {
     double gap = (max_gap - shift) * inv_temperature + gap_of_logs;
     if (p_.gradient && st.variance() < kRefineBelow<Math> * kRefineBelow<Math>) {
       const auto rough = constants(st, shift, inv_temperature, gap);
-      gap -= sums(rough, ForwardKL<Math>(p_.parameters, rough)).slope;
+      gap -= sums(rough, ForwardKL<Math>(p_.parameters, rough), 0).slope;
     }
     const auto row_constants = constants(st, shift, inv_temperature, gap);
     const D divergence(p_.parameters, row_constants);
 
-    double value = 0, mean_slope = 0;
+    double value = 0, mean_slope = 0, pivot = 0;
     if (!D::slopes_sum_to_zero || !p_.gradient) {
-      const Sums s = sums(row_constants, divergence);
+      if (!D::slopes_sum_to_zero) pivot = derivative_at_top(row_constants, divergence, st);
+      const Sums s = sums(row_constants, divergence, pivot);
       value = s.value, mean_slope = D::slopes_sum_to_zero ? 0 : s.slope;
     }
     double cross_entropy = 0;
@@ -183,7 +220,7 @@ class RowSweep {
       const double gradient_scale = p_.scale_gradient ? row_scale : 1;
       const double kd = p_.kd_weight * (p_.scale_by_temperature ? temperature : inv_temperature) * gradient_scale;
       const double ce = p_.ce_weight * gradient_scale;
-      const double v = write_gradient(row_constants, divergence, st, kd, mean_slope, ce, hard_sum, own_hard_sum, label);
+      const double v = write_gradient(row_constants, divergence, st, pivot, kd, mean_slope, ce, hard_sum, own_hard_sum, label);
       if (D::slopes_sum_to_zero) value = v;
     }
     const double kd_factor = p_.kd_weight * (p_.scale_by_temperature ? temperature * temperature : 1);
@@ -231,26 +268,36 @@ class RowSweep {
   static RowConstants<Math> constants(const Statistics& st, double shift, double inv_temperature, double gap) {
     RowConstants<Math> r;
     r.student_max = Math::set(st.student_max), r.teacher_max = Math::set(st.teacher_max);
-    r.shift = Math::set(shift), r.inv_temperature = Math::set(inv_temperature), r.gap = Math::set(gap);
+    r.shift = Math::set(shift), r.gap = Math::set(gap);
+    r.inv_temperature = Math::set(inv_temperature), r.log2e_over_temperature = Math::set(inv_temperature * kLog2E);
     r.inv_student_sum = Math::set(1 / st.student_sum), r.inv_teacher_sum = Math::set(1 / st.teacher_sum);
     r.log_student_sum = Math::set(std::log(st.student_sum)), r.log_teacher_sum = Math::set(std::log(st.teacher_sum));
     return r;
   }
 
+  // h = dD/dq at the student's largest logit.
+  double derivative_at_top(const RowConstants<Math>& row, const D& divergence, const Statistics& st) {
+    const auto [student, teacher, n] = read(st.top_block);
+    int top = 0;
+    while (top < n - 1 && double(student[top]) != st.student_max) top++;
+    const auto c = Column<Math>::make(Math::set(student[top]), Math::set(teacher[top]), row);
+    return finite_or_zero(Math::largest(divergence.derivative(c)));
+  }
+
   // From the row's end: what the sweep before left in the cache is used first.
   template <class AnyD>
-  Sums sums(const RowConstants<Math>& row, const AnyD& divergence) {
+  Sums sums(const RowConstants<Math>& row, const AnyD& divergence, double pivot) {
     Sums total;
     for (int64_t b = blocks() - 1; b >= 0; b--) {
       const auto [student, teacher, n] = read(b);
-      const Sums s = sums_block(student, teacher, n, row, divergence);
+      const Sums s = sums_block(student, teacher, n, row, divergence, pivot);
       total.value += s.value, total.slope += s.slope;
     }
     return total;
   }
 
-  double write_gradient(const RowConstants<Math>& row, const D& divergence, const Statistics& st, double kd,
-                        double mean_slope, double ce, double hard_sum, bool own_hard_sum, int64_t label) {
+  double write_gradient(const RowConstants<Math>& row, const D& divergence, const Statistics& st, double pivot,
+                        double kd, double mean_slope, double ce, double hard_sum, bool own_hard_sum, int64_t label) {
     const int64_t at = p_.gradient_rows.offset(row_);
     const bool transformed = !p_.student.transform.identity(), fold_ce = !own_hard_sum && kd != 0;
     const bool same_type = p_.student.dtype == (sizeof(Real) == 4 ? DType::float32 : DType::float64);
@@ -260,7 +307,7 @@ class RowSweep {
       const auto [student, teacher, n] = read(b, transformed ? derivative_block_ : nullptr);
       const bool direct = same_type && !transformed && n == columns;
       Real* out = direct ? static_cast<Real*>(p_.gradient) + at + b * kBlock : gradient_block_;
-      value += gradient_block(student, teacher, n, row, divergence, kd, (fold_ce ? ce : 0) - kd * mean_slope, out);
+      value += gradient_block(student, teacher, n, row, divergence, pivot, kd, (fold_ce ? ce : 0) - kd * mean_slope, out);
       if (kd == 0)  // no divergence in the gradient, not even as 0·inf
         for (int i = 0; i < n; i++) out[i] = 0;
       if (ce != 0) {

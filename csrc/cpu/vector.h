@@ -26,11 +26,13 @@ typedef float FloatVector __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVector __attribute__((vector_size(kLanes * 4)));
 typedef float UnalignedFloats __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
+// 2^f = 1 + f·P(f) on |f| <= 1/2: minimax of relative error 1e-8 in P.
+constexpr float kExp2[] = {0.693147188f, 0.2402264979f, 0.0555035722f, 0.009618237929f, 0.001339084985f, 0.0001540351233f};
 // e^r = 1 + r + r²·Q(r) on |r| <= ln(2)/2: minimax of relative error 3e-9, so that e^r - 1 - r keeps its digits.
 constexpr float kExp[] = {0.5000000013f, 0.1666666653f, 0.04166646513f, 0.00833336077f, 0.001393364232f, 0.000198578155f};
-// log(1 + f) = f - f²·P(f) on sqrt(1/2) <= 1 + f <= sqrt(2): minimax of relative error 8e-9.
-constexpr float kLog[] = {0.4999999998f, -0.3333332264f, 0.2500000007f, -0.2000145393f, 0.1666811746f,
-                          -0.1423261208f, 0.1241071166f, -0.1179989349f, 0.1161315757f, -0.06864442857f};
+// log(1 + f) = f - f²·P(f) on sqrt(1/2) <= 1 + f <= sqrt(2): minimax of relative error 5e-8.
+constexpr float kLog[] = {0.4999999764f, -0.3333332535f, 0.2500077885f, -0.200016369f, 0.1662708818f,
+                          -0.1419612602f, 0.1311407334f, -0.1277750379f, 0.07778153897f};
 constexpr float kLog2e = 1.44269504f;
 constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // n·kLn2High is exact for |n| < 2^9
 
@@ -76,30 +78,59 @@ struct SimdMath {
   static KD_INLINE Mask is_infinite(V x) { return equal(x, set(__builtin_inf())); }
   static KD_INLINE V min(V a, V b) { return select(greater(b, a), a, b); }
 
-  struct Reduced {  // e^x = 2^n·(1 + r + phi)
-    V n, r, phi;
+  struct Exponential {
+    V e, em, phi;  // e^x, e^x - 1, e^x - 1 - x
   };
-  static KD_INLINE Reduced reduce(V x) {
-    Reduced e;
-    e.n = round(x * kLog2e);
-    e.r = (x - e.n * kLn2High) - e.n * kLn2Low;
-    V q = set(kExp[5]);
-    for (int i = 4; i >= 0; i--) q = q * e.r + kExp[i];
-    e.phi = e.r * e.r * q;
-    return e;
+  // 2^x for x <= 0; 0 below the smallest normal number. NaN stays NaN.
+  static KD_INLINE V exp2_nonpositive(V x) {
+#if defined(__AVX512F__)
+    const V clamped = max(set(-200), x);  // 2^-200 rounds to 0
+    const V n = round(clamped);
+    return V(_mm512_scalef_ps(__m512(exp2_fraction(clamped - n)), __m512(n)));
+#else
+    const V clamped = max(set(-126), x);
+    const V n = round(clamped);
+    return select(greater(set(-126), x), set(0), exp2_fraction(clamped - n) * power_of_two(n));
+#endif
   }
-  // e^x; 0 below the smallest normal number, at most 2^127. NaN stays NaN.
+  static KD_INLINE V exp2_fraction(V f) {
+    V p = set(kExp2[5]);
+    for (int i = 4; i >= 0; i--) p = p * f + kExp2[i];
+    return p * f + 1;
+  }
+  // e^x for any x; at most 2^127.
   static KD_INLINE V exp(V x) {
-    const Reduced e = reduce(max(set(-87), min(set(88), x)));
-    const V scale = power_of_two(e.n);
-    return select(greater(set(-87), x), set(0), scale + scale * (e.r + e.phi));
+    const V y = x * kLog2e;
+    const V clamped = max(set(-126), min(set(127), y));
+    const V n = round(clamped);
+    return select(greater(set(-126), y), set(0), exp2_fraction(clamped - n) * power_of_two(n));
   }
-  // e^x - 1 and e^x - 1 - x, each accurate relative to itself.
-  static KD_INLINE void expm1_and_phi(V x, V& em, V& phi) {
-    const Reduced e = reduce(max(set(-87), min(set(88), x)));
-    const V scale = power_of_two(e.n);
-    em = scale * (e.r + e.phi) + (scale - 1);
-    phi = select(equal(e.n, set(0)), e.phi, em - x);
+  // e^x, e^x - 1 and e^x - 1 - x, each accurate relative to itself, for x <= 0; of any sign (to e^88) if AnySign.
+  template <bool AnySign = false>
+  static KD_INLINE Exponential exponential(V x) {
+    Exponential out;
+#if defined(__AVX512F__)
+    V clamped = max(set(-140), x);  // e^-140 rounds to 0
+#else
+    V clamped = max(set(-87), x);
+#endif
+    if constexpr (AnySign) clamped = min(set(88), clamped);
+    const V n = round(clamped * kLog2e);
+#if defined(__FMA__)
+    const V r = clamped - n * 0.693147182f;  // the product is exact inside the FMA; n·2e-9 is left of ln 2 itself
+#else
+    const V r = (clamped - n * kLn2High) - n * kLn2Low;
+#endif
+    V q = set(kExp[5]);
+    for (int i = 4; i >= 0; i--) q = q * r + kExp[i];
+    const V phi_r = r * r * q, t = r + phi_r, scale = power_of_two(n);
+    out.e = scale * t + scale;
+#if !defined(__AVX512F__)
+    out.e = select(greater(set(-87), x), set(0), out.e);
+#endif
+    out.em = scale * t + (scale - 1);
+    out.phi = select(equal(n, set(0)), phi_r, out.em - x);
+    return out;
   }
   // log(1 + w) and w - log(1 + w) for -1 <= w <= 0, each accurate relative to itself.
   static KD_INLINE void log1p_and_chi(V w, V& log1p, V& chi) {
@@ -111,14 +142,19 @@ struct SimdMath {
     const V m = V(bits - (exponent << 23));
     const Mask near = equal(n, set(0));
     const V f = select(near, w, m - 1);
-    V p = set(kLog[9]);
-    for (int i = 8; i >= 0; i--) p = p * f + kLog[i];
+    V p = set(kLog[8]);
+    for (int i = 7; i >= 0; i--) p = p * f + kLog[i];
     const V f2p = f * f * p;
     const V far = select(greater(y, set(0)), n * kLn2High + (n * kLn2Low + (f - f2p)), set(-__builtin_inf()));
     log1p = select(near, w - f2p, far);
     chi = select(near, f2p, w - log1p);
   }
   static KD_INLINE double sum(V x) {
+#if defined(__AVX512F__)
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(__m512(x)));
+    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(__m512(x), 1));
+    return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+#endif
     double total = 0;
     for (int i = 0; i < lanes; i++) total += double(x[i]);
     return total;
@@ -144,17 +180,22 @@ struct DoubleMath {
   static Mask is_infinite(V a) { return a == __builtin_inf(); }
   static V max(V a, V b) { return a > b ? a : b; }
   static V abs(V x) { return std::fabs(x); }
+  static V exp2_nonpositive(V x) { return std::exp2(x); }
   static V exp(V x) { return std::exp(x); }
-  static void expm1_and_phi(V x, V& em, V& phi) {
-    em = std::expm1(x);
-    // em - x cancels near 0: the series instead, to 1e-17 of the first term at |x| = 1/8
-    if (std::fabs(x) < 0.125) {
+  struct Exponential {
+    V e, em, phi;
+  };
+  template <bool AnySign = false>
+  static Exponential exponential(V x) {
+    Exponential out{std::exp(x), std::expm1(x), 0};
+    if (std::fabs(x) < 0.125) {  // e^x - 1 - x cancels: the series, to 1e-17 of its first term
       V term = x * x / 2;
-      phi = term;
-      for (int i = 3; i < 14; i++) phi += term *= x / i;
+      out.phi = term;
+      for (int i = 3; i < 14; i++) out.phi += term *= x / i;
     } else {
-      phi = em - x;
+      out.phi = out.em - x;
     }
+    return out;
   }
   static void log1p_and_chi(V w, V& log1p, V& chi) {
     log1p = std::log1p(w);

@@ -18,7 +18,7 @@ struct RowConstants {
   using V = typename Math::V;
   V student_max, teacher_max;    // of the logits, before the temperature
   V shift;                       // a coarse multiple near teacher_max - student_max: teacher - shift is exact
-  V inv_temperature;
+  V inv_temperature, log2e_over_temperature;
   V gap;                         // log-normaliser of the teacher minus the student's, after the shift
   V inv_student_sum, inv_teacher_sum;
   V log_student_sum, log_teacher_sum;
@@ -33,9 +33,10 @@ struct Column {
   V k;                       // -|d|
   Mask teacher_larger;       // p > q
   V larger;                  // max(p, q)
+  V ratio;                   // e^k = min(p, q) / max(p, q)
   V em;                      // e^k - 1
-  V phi;
-  V log_larger_numerator;    // shifted logit of the larger side, over T: log(larger) + its log-normaliser
+  V phi;                     // e^k - 1 - k
+  V larger_logit;            // of the larger side, minus that side's maximum; before the temperature
 
   static KD_INLINE Column make(V student, V teacher, const RowConstants<Math>& row) {
     Column c;
@@ -44,21 +45,21 @@ struct Column {
     c.d = Math::select(Math::is_nan(difference), Math::set(0), difference * row.inv_temperature - row.gap);
     c.k = -Math::abs(c.d);
     c.teacher_larger = Math::greater(c.d, Math::set(0));
-    const V x = Math::select(c.teacher_larger, teacher - row.teacher_max, student - row.student_max);
-    c.log_larger_numerator = x * row.inv_temperature;
-    c.larger = Math::exp(c.log_larger_numerator) *
+    c.larger_logit = Math::select(c.teacher_larger, teacher - row.teacher_max, student - row.student_max);
+    c.larger = Math::exp2_nonpositive(c.larger_logit * row.log2e_over_temperature) *
                Math::select(c.teacher_larger, row.inv_teacher_sum, row.inv_student_sum);
-    Math::expm1_and_phi(c.k, c.em, c.phi);
+    const auto e = Math::exponential(c.k);
+    c.ratio = e.e, c.em = e.em, c.phi = e.phi;
     return c;
   }
 
   KD_INLINE V psi() const {
     const V one = Math::set(1);
     const V near = k * k + (k - one) * phi;
-    const V far = one + (Math::max(k, Math::set(-1000)) - one) * (one + em);
+    const V far = one + (Math::max(k, Math::set(-1000)) - one) * ratio;
     return Math::select(Math::greater(k, Math::set(-1)), near, far);
   }
-  KD_INLINE V smaller() const { return larger + larger * em; }
+  KD_INLINE V smaller() const { return larger * ratio; }
   KD_INLINE V student() const { return Math::select(teacher_larger, smaller(), larger); }
   KD_INLINE V teacher() const { return Math::select(teacher_larger, larger, smaller()); }
   KD_INLINE V student_minus_teacher() const {

@@ -1,7 +1,10 @@
-// The pointwise divergences D(p, q) = sum over columns, p the teacher, q the student: per column a value >= 0 (a form
-// whose terms do not cancel) and the slope q·dD/dq, up to a constant times q. With H = sum of the slopes,
+// The pointwise divergences D(p, q) = sum over columns, p the teacher, q the student. Per column each has a value >= 0
+// (a form whose terms do not cancel) and a slope q·(h - pivot), where h = dD/dq up to a constant and pivot is any number.
+// With H = sum of the slopes,
 //     T · dD/dlogit = slope - q·H
-// so that a sweep needs to know nothing else of a divergence. Adding one: a struct here, an entry in `AllDivergences` and in DivergenceId.
+// so that a sweep needs to know nothing else of a divergence. The pivot, h at the student's most likely column, keeps
+// the difference accurate where that column holds nearly all of q. Adding a divergence: a struct here, an entry in
+// `AllDivergences` and in DivergenceId.
 //
 // Sources: forward and reverse KL, Jensen-Shannon as in GKD (arXiv 2306.13649), skew KL from DistiLLM
 // (arXiv 2402.03898), alpha-beta from ABKD (arXiv 2505.04560).
@@ -22,7 +25,8 @@ struct ForwardKL {
     const V by_teacher = Math::select(Math::is_infinite(student_zero), student_zero, c.larger * c.phi);
     return Math::select(c.teacher_larger, by_teacher, c.larger * c.psi());
   }
-  KD_INLINE V slope(const Column<Math>& c) const { return c.student_minus_teacher(); }
+  KD_INLINE V derivative(const Column<Math>&) const { return Math::set(0); }  // no pivot: the slopes are q - p
+  KD_INLINE V slope(const Column<Math>& c, V) const { return c.student_minus_teacher(); }
 };
 
 // sum q·(-d)
@@ -36,7 +40,8 @@ struct ReverseKL {
     const V by_student = Math::select(Math::is_infinite(c.phi), c.phi, c.larger * c.phi);
     return Math::select(c.teacher_larger, c.larger * c.psi(), by_student);
   }
-  KD_INLINE V slope(const Column<Math>& c) const { return c.times_student(-c.d); }
+  KD_INLINE V derivative(const Column<Math>& c) const { return -c.d; }
+  KD_INLINE V slope(const Column<Math>& c, V pivot) const { return c.times_student(derivative(c) - pivot); }
 };
 
 // (1 - w)·ForwardKL + w·ReverseKL
@@ -52,8 +57,10 @@ struct SymmetricKL {
   KD_INLINE V value(const Column<Math>& c) const {
     return forward_weight * forward.value(c) + reverse_weight * reverse.value(c);
   }
-  KD_INLINE V slope(const Column<Math>& c) const {
-    return forward_weight * forward.slope(c) + reverse_weight * reverse.slope(c);
+  // The pivot is reverse KL's: forward KL's slopes, q - p, need none.
+  KD_INLINE V derivative(const Column<Math>& c) const { return reverse.derivative(c); }
+  KD_INLINE V slope(const Column<Math>& c, V pivot) const {
+    return forward_weight * forward.slope(c, pivot) + reverse_weight * reverse.slope(c, pivot);
   }
 };
 
@@ -71,11 +78,12 @@ struct SkewForwardKL {
     Math::log1p_and_chi(mixture(c), log1p, chi);
     return c.larger * Math::select(c.teacher_larger, chi, c.psi() + chi - c.em * log1p);
   }
-  // -(1 - lam)·q·(p/M - 1)
-  KD_INLINE V slope(const Column<Math>& c) const {
+  // -(1 - lam)·(p/M - 1)
+  KD_INLINE V derivative(const Column<Math>& c) const {
     const V w = mixture(c);
-    return rest * c.times_student(Math::select(c.teacher_larger, w, -rest * c.em) / (Math::set(1) + w));
+    return rest * Math::select(c.teacher_larger, w, -rest * c.em) / (Math::set(1) + w);
   }
+  KD_INLINE V slope(const Column<Math>& c, V pivot) const { return c.times_student(derivative(c) - pivot); }
 };
 
 // KL(q || M), M = (1 - lam)·p + lam·q
@@ -92,15 +100,16 @@ struct SkewReverseKL {
     Math::log1p_and_chi(mixture(c), log1p, chi);
     return c.larger * Math::select(c.teacher_larger, c.psi() + chi - c.em * log1p, chi);
   }
-  // q·(log(q/M) - lam·(q/M - 1))
-  KD_INLINE V slope(const Column<Math>& c) const {
+  // log(q/M) - lam·(q/M - 1)
+  KD_INLINE V derivative(const Column<Math>& c) const {
     const V w = mixture(c);
     V log1p, chi;
     Math::log1p_and_chi(w, log1p, chi);
     const V log_ratio = Math::select(c.teacher_larger, -c.d, Math::set(0)) - log1p;
     const V ratio = Math::select(c.teacher_larger, rest * c.em, -w) / (Math::set(1) + w);
-    return c.times_student(log_ratio - lam * ratio);
+    return log_ratio - lam * ratio;
   }
+  KD_INLINE V slope(const Column<Math>& c, V pivot) const { return c.times_student(derivative(c) - pivot); }
 };
 
 // beta·KL(p || M) + (1 - beta)·KL(q || M), M = beta·p + (1 - beta)·q; 0 < beta < 1
@@ -118,13 +127,14 @@ struct JensenShannon {
     Math::log1p_and_chi(b * c.em, log1p, chi);
     return c.larger * (chi + b * (c.psi() - c.em * log1p));
   }
-  // (1 - beta)·q·log(q/M)
-  KD_INLINE V slope(const Column<Math>& c) const {
+  // (1 - beta)·log(q/M)
+  KD_INLINE V derivative(const Column<Math>& c) const {
     const V b = Math::select(c.teacher_larger, rest, beta);
     V log1p, chi;
     Math::log1p_and_chi(b * c.em, log1p, chi);
-    return rest * c.times_student(Math::select(c.teacher_larger, -c.d, Math::set(0)) - log1p);
+    return rest * (Math::select(c.teacher_larger, -c.d, Math::set(0)) - log1p);
   }
+  KD_INLINE V slope(const Column<Math>& c, V pivot) const { return c.times_student(derivative(c) - pivot); }
 };
 
 // 1/2·sum |p - q|
@@ -134,11 +144,11 @@ struct TotalVariation {
   static constexpr bool slopes_sum_to_zero = false;
   TotalVariation(const double*, const RowConstants<Math>&) {}
   KD_INLINE V value(const Column<Math>& c) const { return Math::set(-0.5) * c.larger * c.em; }
-  KD_INLINE V slope(const Column<Math>& c) const {
-    const V half_q = Math::set(0.5) * c.student();
-    const V none = Math::set(0);
-    return Math::select(c.teacher_larger, -half_q, Math::select(Math::greater(none, c.d), half_q, none));
+  KD_INLINE V derivative(const Column<Math>& c) const {
+    const V half = Math::set(0.5), none = Math::set(0);
+    return Math::select(c.teacher_larger, -half, Math::select(Math::greater(none, c.d), half, none));
   }
+  KD_INLINE V slope(const Column<Math>& c, V pivot) const { return c.student() * (derivative(c) - pivot); }
 };
 
 // -1/(ab)·sum [p^a q^b - a/(a+b)·p^(a+b) - b/(a+b)·q^(a+b)], with its limits where a, b or a + b is 0.
@@ -147,63 +157,56 @@ struct AlphaBeta {
   using V = typename Math::V;
   static constexpr bool slopes_sum_to_zero = false;
   double a, b, c;
+  V inv_temperature;
   V student_power, teacher_power;  // log of the sums to the power -(a + b)
   AlphaBeta(const double* p, const RowConstants<Math>& row)
-      : a(p[0]), b(p[1]), c(p[0] + p[1]),
+      : a(p[0]), b(p[1]), c(p[0] + p[1]), inv_temperature(row.inv_temperature),
         student_power(-Math::set(c) * row.log_student_sum), teacher_power(-Math::set(c) * row.log_teacher_sum) {}
 
-  static KD_INLINE void em_phi(V x, V& em, V& phi) { Math::expm1_and_phi(x, em, phi); }
   // larger^(a+b)
   KD_INLINE V base(const Column<Math>& col) const {
-    const V x = Math::max(col.log_larger_numerator, Math::set(-1e30));
+    const V x = Math::max(col.larger_logit * inv_temperature, Math::set(-1e30));
     return Math::exp(Math::set(c) * x + Math::select(col.teacher_larger, teacher_power, student_power));
+  }
+  static KD_INLINE auto power(double exponent, V k) {
+    return Math::template exponential<true>(Math::set(exponent) * Math::max(k, Math::set(-1e30)));
   }
   // The value per unit of base where the larger side carries the exponent `mine` and the smaller one `other`.
   // Swapping the models swaps a and b, so one formula serves both sides; k <= 0 is the smaller side's log-ratio.
   KD_INLINE V from_larger(V k, double other, double mine) const {
-    V em_o, phi_o, em_c, phi_c;
-    em_phi(Math::set(other) * k, em_o, phi_o);
     if (other == 0 && mine == 0) return Math::set(0.5) * k * k;
-    if (other == 0) {
-      V em, phi;
-      em_phi(Math::set(mine) * k, em, phi);
-      return Math::set(1 / (mine * mine)) * phi;
-    }
-    if (c == 0) return Math::set(1 / (other * other)) * phi_o;
-    const V scaled = Math::set(other) * k;
+    if (other == 0) return Math::set(1 / (mine * mine)) * power(mine, k).phi;
+    const auto by_other = power(other, k);
+    if (c == 0) return Math::set(1 / (other * other)) * by_other.phi;
     if (mine == 0) {  // psi(other·k)
-      const V one = Math::set(1);
-      const V near = scaled * scaled + (scaled - one) * phi_o;
-      const V far = one + (Math::max(scaled, Math::set(-1000)) - one) * (one + em_o);
-      return Math::set(1 / (other * other)) * Math::select(Math::greater(one, Math::abs(scaled)), near, far);
+      const V one = Math::set(1), x = Math::set(other) * k;
+      const V near = x * x + (x - one) * by_other.phi;
+      const V far = one + (Math::max(x, Math::set(-1000)) - one) * by_other.e;
+      return Math::set(1 / (other * other)) * Math::select(Math::greater(one, Math::abs(x)), near, far);
     }
-    em_phi(Math::set(c) * k, em_c, phi_c);
-    const double ratio = other / c, unit = 1 / (other * mine);
+    const auto by_both = power(c, k);
+    const V ratio = Math::set(other / c);
     // Near 0 through phi (the linear parts cancel exactly), far from it through e^x - 1 (which stays finite).
-    const V near = Math::set(ratio) * phi_c - phi_o;
-    const V far = Math::set(ratio) * em_c - em_o;
-    return Math::set(unit) * Math::select(Math::greater(k, Math::set(-1)), near, far);
+    const V near = ratio * by_both.phi - by_other.phi, far = ratio * by_both.em - by_other.em;
+    return Math::set(1 / (other * mine)) * Math::select(Math::greater(k, Math::set(-1)), near, far);
   }
   KD_INLINE V value(const Column<Math>& col) const {
     const V by_student = from_larger(col.k, a, b), by_teacher = from_larger(col.k, b, a);
     return base(col) * Math::select(col.teacher_larger, by_teacher, by_student);
   }
+  KD_INLINE V derivative(const Column<Math>& col) const { return slope(col, Math::set(0)) / col.student(); }
   // (q^(a+b) - p^a q^b)/a
-  KD_INLINE V slope(const Column<Math>& col) const {
-    V em_a, em_b, em_c, unused;
-    const V k = Math::max(col.k, Math::set(-1e30));
-    em_phi(Math::set(b) * k, em_b, unused);
+  KD_INLINE V slope(const Column<Math>& col, V pivot) const {
     V by_student, by_teacher;
     if (a == 0) {
-      by_student = -k;
-      by_teacher = Math::select(Math::greater(em_b, Math::set(-1)), (Math::set(1) + em_b) * k, Math::set(0));
+      const V ratio = power(b, col.k).e;
+      by_student = -col.k;
+      by_teacher = Math::select(Math::greater(ratio, Math::set(0)), ratio * col.k, Math::set(0));
     } else {
-      em_phi(Math::set(a) * k, em_a, unused);
-      em_phi(Math::set(c) * k, em_c, unused);
-      by_student = Math::set(-1 / a) * em_a;
-      by_teacher = Math::set(1 / a) * (em_c - em_b);
+      by_student = Math::set(-1 / a) * power(a, col.k).em;
+      by_teacher = Math::set(1 / a) * (power(c, col.k).em - power(b, col.k).em);
     }
-    return base(col) * Math::select(col.teacher_larger, by_teacher, by_student);
+    return base(col) * Math::select(col.teacher_larger, by_teacher, by_student) - col.student() * pivot;
   }
 };
 
