@@ -101,6 +101,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_scale_rows", &cpu_scale_rows, py::kw_only(), py::arg("inp"), py::arg("out"), py::arg("dtype"),
         py::arg("sizes"), py::arg("strides"), py::arg("rows"), py::arg("width"), py::arg("factors"),
         py::arg("threads"));
-  m.def("advise_huge_pages",
-        [](std::uintptr_t data, int64_t bytes) { kd::cpu::advise_huge_pages(pointer(data), bytes); });
+  m.def("back_with_huge_pages", [](std::uintptr_t data, int64_t bytes, int threads) {
+    py::gil_scoped_release release;
+    kd::cpu::back_with_huge_pages(pointer(data), bytes, threads);
+  });
 }

@@ -94,14 +94,25 @@ void scale_rows(const void* in, void* out, DType dtype, const RowLayout& layout,
   });
 }
 
-void advise_huge_pages(void* data, int64_t bytes) {
+void back_with_huge_pages(void* data, int64_t bytes, int threads) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 4096;
+  constexpr uintptr_t page = 4096, huge_page = uintptr_t(2) << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / page * page;
-  if (end > begin && end - begin >= (uintptr_t(4) << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (end < begin + 2 * huge_page || madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) != 0) return;
+#if defined(MADV_POPULATE_WRITE)
+  const uintptr_t first = begin / huge_page * huge_page;
+  parallel(int64_t((end - first + huge_page - 1) / huge_page), 4, threads, [&](int64_t from, int64_t to) {
+    uintptr_t low = first + uintptr_t(from) * huge_page, high = first + uintptr_t(to) * huge_page;
+    low = low < begin ? begin : low;
+    high = high > end ? end : high;
+    madvise(reinterpret_cast<void*>(low), high - low, MADV_POPULATE_WRITE);
+  });
 #else
-  (void)data, (void)bytes;
+  (void)threads;
+#endif
+#else
+  (void)data, (void)bytes, (void)threads;
 #endif
 }
 

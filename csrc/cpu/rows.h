@@ -21,8 +21,9 @@ void row_loss(const RowProblem& problem, int threads);
 void scale_rows(const void* in, void* out, DType dtype, const RowLayout& layout, int64_t rows, int64_t width,
                 const void* factors, int threads);
 
-// Asks for huge pages behind a fresh allocation, before its first touch: a mapping made anew each step spends as long
-// in 4 KB page faults as in the sweep. A hint; does nothing where it cannot.
-void advise_huge_pages(void* data, int64_t bytes);
+// Puts huge pages behind a fresh allocation before its first touch: a mapping made anew each step spends as long in
+// 4 KB page faults as in the sweep, and a page zeroed in the middle of a sweep empties the cache under it. A hint; does
+// nothing where it cannot.
+void back_with_huge_pages(void* data, int64_t bytes, int threads);
 
 }  // namespace kdkernels::cpu

@@ -55,9 +55,16 @@ void add_moments(const typename Math::Real* student, const typename Math::Real* 
   st.moment2 += Math::sum(moment2);
 }
 
+// The block to come: fetched while this one is computed, so that memory never waits for arithmetic.
+struct Ahead {
+  const char *student, *teacher;
+  int64_t student_bytes, teacher_bytes;  // per column
+};
+
 template <class Math>
 void statistics_block(const typename Math::Real* student, const typename Math::Real* teacher, int n,
-                      int64_t block, double inv_temperature, bool hard, bool moments, Statistics& st) {
+                      int64_t block, const Ahead& ahead, double inv_temperature, bool hard, bool moments,
+                      Statistics& st) {
   using V = typename Math::V;
   V student_max = Math::set(-INFINITY), teacher_max = student_max;
   for (int i = 0; i < n; i += Math::lanes) {
@@ -84,6 +91,8 @@ void statistics_block(const typename Math::Real* student, const typename Math::R
   teacher_max = Math::set(finite_or_zero(st.teacher_max));
   V student_sum = zero, teacher_sum = zero;
   for (int i = 0; i < n; i += Math::lanes) {
+    __builtin_prefetch(ahead.student + i * ahead.student_bytes);
+    __builtin_prefetch(ahead.teacher + i * ahead.teacher_bytes);
     student_sum = student_sum + Math::exp2_nonpositive((Math::load(student + i) - student_max) * scale);
     teacher_sum = teacher_sum + Math::exp2_nonpositive((Math::load(teacher + i) - teacher_max) * scale);
   }
@@ -120,7 +129,7 @@ Sums sums_block(const typename Math::Real* student, const typename Math::Real* t
 }
 
 // out = slope_factor·slope + q_factor·q; returns the sum of the values.
-template <bool WithQ, class Math, class D>
+template <bool WithQ, bool Stream, class Math, class D>
 double gradient_columns(const typename Math::Real* student, const typename Math::Real* teacher, int n,
                         const RowConstants<Math>& row, const D& divergence, double pivot, double slope_factor, double q_factor,
                         typename Math::Real* out) {
@@ -132,18 +141,24 @@ double gradient_columns(const typename Math::Real* student, const typename Math:
     if constexpr (D::slopes_sum_to_zero) value = value + divergence.value(c);
     V g = by_slope * divergence.slope(c, at);
     if constexpr (WithQ) g = g + by_q * c.student();
-    Math::store(out + i, g);
+    if constexpr (Stream)
+      Math::stream(out + i, g);
+    else
+      Math::store(out + i, g);
   }
   return Math::sum(value);
 }
 
 template <class Math, class D>
 double gradient_block(const typename Math::Real* student, const typename Math::Real* teacher, int n,
-                      const RowConstants<Math>& row, const D& divergence, double pivot, double slope_factor, double q_factor,
-                      typename Math::Real* out) {
+                      const RowConstants<Math>& row, const D& divergence, double pivot, double slope_factor,
+                      double q_factor, bool stream, typename Math::Real* out) {
+  auto columns = gradient_columns<true, false, Math, D>;
   if (q_factor == 0)
-    return gradient_columns<false>(student, teacher, n, row, divergence, pivot, slope_factor, q_factor, out);
-  return gradient_columns<true>(student, teacher, n, row, divergence, pivot, slope_factor, q_factor, out);
+    columns = stream ? gradient_columns<false, true, Math, D> : gradient_columns<false, false, Math, D>;
+  else if (stream)
+    columns = gradient_columns<true, true, Math, D>;
+  return columns(student, teacher, n, row, divergence, pivot, slope_factor, q_factor, out);
 }
 
 // out += factor·e^(student - max)
@@ -159,6 +174,8 @@ void add_hard_softmax(const typename Math::Real* student, int n, double student_
 // of fp32 exponentials leave about 3e-8 in it, and a gradient of norm ~spread carries it at first order.
 template <class Math>
 constexpr double kRefineBelow = sizeof(typename Math::Real) == 4 ? 0.1 : 0;
+
+constexpr int64_t kStreamFrom = int64_t(16) << 20;  // bytes of gradient
 
 template <class Math, template <class> class Divergence>
 class RowSweep {
@@ -188,7 +205,8 @@ class RowSweep {
     Statistics st;
     for (int64_t b = 0; b < blocks(); b++) {
       const auto [student, teacher, n] = read(b);
-      statistics_block<Math>(student, teacher, n, b, inv_temperature, own_hard_sum, p_.gradient && kRefineBelow<Math> > 0, st);
+      statistics_block<Math>(student, teacher, n, b, ahead(b + 1), inv_temperature, own_hard_sum,
+                             p_.gradient && kRefineBelow<Math> > 0, st);
     }
     const double gap_of_logs = std::log(st.teacher_sum) - std::log(st.student_sum);
     const double max_gap = st.teacher_max - st.student_max;
@@ -261,6 +279,13 @@ class RowSweep {
     return {read_block<Math>(p_.student, student_at_, b * kBlock, n, student_block_, derivative),
             read_block<Math>(p_.teacher, teacher_at_, b * kBlock, n, teacher_block_), round_up(n, Math::lanes)};
   }
+  Ahead ahead(int64_t b) const {
+    const int64_t column = b < blocks() ? b * kBlock : 0;
+    const int64_t student_bytes = bytes_per_element(p_.student.dtype), teacher_bytes = bytes_per_element(p_.teacher.dtype);
+    return {static_cast<const char*>(p_.student.data) + (student_at_ + column) * student_bytes,
+            static_cast<const char*>(p_.teacher.data) + (teacher_at_ + column) * teacher_bytes, student_bytes,
+            teacher_bytes};
+  }
   double label_logit(int64_t label) {
     return *read_block<Math>(p_.student, student_at_, label, 1, student_block_);
   }
@@ -301,13 +326,19 @@ class RowSweep {
     const int64_t at = p_.gradient_rows.offset(row_);
     const bool transformed = !p_.student.transform.identity(), fold_ce = !own_hard_sum && kd != 0;
     const bool same_type = p_.student.dtype == (sizeof(Real) == 4 ? DType::float32 : DType::float64);
+    // Past the caches where the gradient is too large to stay in them and is not touched again here.
+    const bool large = p_.rows * p_.student.width * int64_t(sizeof(Real)) >= kStreamFrom;
+    const bool may_stream = large && kd != 0 && ce == 0 && p_.gradient != p_.student.data;
     double value = 0;
     for (int64_t b = 0; b < blocks(); b++) {
       const int columns = this->columns(b);
       const auto [student, teacher, n] = read(b, transformed ? derivative_block_ : nullptr);
       const bool direct = same_type && !transformed && n == columns;
       Real* out = direct ? static_cast<Real*>(p_.gradient) + at + b * kBlock : gradient_block_;
-      value += gradient_block(student, teacher, n, row, divergence, pivot, kd, (fold_ce ? ce : 0) - kd * mean_slope, out);
+      const bool aligned = reinterpret_cast<uintptr_t>(out) % (Math::lanes * sizeof(Real)) == 0;
+      const bool stream = direct && may_stream && aligned;
+      value += gradient_block<Math>(student, teacher, n, row, divergence, pivot, kd,
+                                    (fold_ce ? ce : 0) - kd * mean_slope, stream, out);
       if (kd == 0)  // no divergence in the gradient, not even as 0·inf
         for (int i = 0; i < n; i++) out[i] = 0;
       if (ce != 0) {

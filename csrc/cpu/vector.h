@@ -44,6 +44,21 @@ struct SimdMath {
   static KD_INLINE V set(double x) { return V{} + float(x); }
   static KD_INLINE V load(const float* p) { return *reinterpret_cast<const UnalignedFloats*>(p); }
   static KD_INLINE void store(float* p, V x) { *reinterpret_cast<UnalignedFloats*>(p) = x; }
+  // Past the caches, p aligned to a register.
+  static KD_INLINE void stream(float* p, V x) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, __m512(x));
+#elif defined(__AVX2__)
+    _mm256_stream_ps(p, __m256(x));
+#else
+    store(p, x);
+#endif
+  }
+  static KD_INLINE void fence() {  // orders streamed stores before whatever tells other threads of them
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+  }
 
 #if defined(__AVX512F__)
   struct Mask {
@@ -174,6 +189,8 @@ struct DoubleMath {
   static V set(double x) { return x; }
   static V load(const double* p) { return *p; }
   static void store(double* p, V x) { *p = x; }
+  static void stream(double* p, V x) { *p = x; }
+  static void fence() {}
   static V select(Mask m, V a, V b) { return m ? a : b; }
   static Mask greater(V a, V b) { return a > b; }
   static Mask is_nan(V a) { return a != a; }

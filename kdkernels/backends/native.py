@@ -94,7 +94,9 @@ def _address(tensor: Tensor | None) -> int:
 def empty_gradient(student: Tensor) -> Tensor:
     """Uninitialised memory for a gradient of the student's logits, contiguous."""
     gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
-    _built().advise_huge_pages(gradient.data_ptr(), gradient.numel() * gradient.element_size())
+    _built().back_with_huge_pages(
+        gradient.data_ptr(), gradient.numel() * gradient.element_size(), torch.get_num_threads()
+    )
     return gradient
 
 
