@@ -96,7 +96,7 @@ def _check_rows(name: str, value: Tensor, student: Tensor, dtypes: str) -> None:
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if isinstance(value, (int, float)) and not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # not math.isfinite, which torch.compile cannot trace
         raise ValueError(f"{name} must be finite, got {value}")
 
 

@@ -181,6 +181,7 @@ def _fused(a: Arguments, backend: str, form_gradient: bool, inplace: bool) -> tu
             options.teacher_logit_scale,
             options.teacher_softcap,
             form_gradient,
+            True,
         )
     if a.reduction != "none":
         loss = loss.sum()

@@ -24,7 +24,7 @@ _LIBRARY.define(
     "Tensor student, Tensor teacher, Tensor? labels, Tensor row_scale, Tensor? temperatures, str backend, "
     "str divergence, float[] parameters, float temperature, float kd_weight, float ce_weight, "
     "bool scale_by_temperature, SymInt vocab_size, float student_logit_scale, float student_softcap, "
-    "float teacher_logit_scale, float teacher_softcap, bool form_gradient"
+    "float teacher_logit_scale, float teacher_softcap, bool form_gradient, bool own_gradient"
     ") -> (Tensor loss, Tensor stats, Tensor gradient)",
     tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag),
 )
@@ -64,6 +64,7 @@ def _row_loss(
     teacher_logit_scale: float,
     teacher_softcap: float,
     form_gradient: bool,
+    own_gradient: bool,  # the caller drops the third output, so that backward may scale it where it lies
 ) -> tuple[Tensor, Tensor, Tensor]:
     sweep = _BACKENDS[backend]
     options = RowOptions(
@@ -89,7 +90,7 @@ def _row_loss(
 def _row_loss_fake(
     student: Tensor, teacher: Tensor, labels: Tensor | None, row_scale: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    form_gradient = options[-1]
+    form_gradient = options[-2]
     gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
     return (*_outputs(student, row_scale), gradient if form_gradient else student.new_empty(0))
 
@@ -119,23 +120,24 @@ def _incoming(gradient_of_loss: Tensor, row_scale: Tensor, late: bool) -> Tensor
     return torch.where(row_scale != 0, factors * row_scale, 1) if late else factors
 
 
-def _scaled(gradient: Tensor, factors: Tensor, backend: str) -> Tensor:
+def _scaled(gradient: Tensor, factors: Tensor, backend: str, *, own: bool) -> Tensor:
     """gradient·factors: in the gradient's own memory where nothing else will read it, else in new memory."""
     eager = type(gradient) is Tensor and not torch.compiler.is_compiling()
-    if eager and not torch._C._autograd._get_current_graph_task_keep_graph():
+    if own and eager and not torch._C._autograd._get_current_graph_task_keep_graph():
         _BACKENDS[backend].scale_rows(gradient, factors, gradient)
         return gradient
     return torch.ops.kdkernels.scale_rows.default(gradient, factors, backend)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    student, row_scale, backend = inputs[0], inputs[3], inputs[5]
+    student, row_scale, backend, own_gradient = inputs[0], inputs[3], inputs[5], inputs[-1]
     _, stats, gradient = output
     ctx.mark_non_differentiable(stats, gradient)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(gradient, row_scale)
     ctx.late = scales_late(student)
     ctx.backend = backend
+    ctx.own_gradient = own_gradient
     ctx.inputs = len(inputs)
 
 
@@ -145,7 +147,8 @@ def _backward(ctx: Any, of_loss: Tensor | None, *_: Tensor | None) -> tuple[Tens
         return (None, *nothing)
     _refuse_double_backward()
     gradient, row_scale = ctx.saved_tensors
-    return (_scaled(gradient, _incoming(of_loss, row_scale, ctx.late), ctx.backend), *nothing)
+    factors = _incoming(of_loss, row_scale, ctx.late)
+    return (_scaled(gradient, factors, ctx.backend, own=ctx.own_gradient), *nothing)
 
 
 _LIBRARY.impl("row_loss", _row_loss, "CompositeExplicitAutograd")
@@ -192,4 +195,5 @@ class InplaceRowLoss(torch.autograd.Function):
             return (None,) * 7
         _refuse_double_backward()
         student, row_scale = ctx.saved_tensors
-        return (_scaled(student.detach(), _incoming(of_loss, row_scale, ctx.late), ctx.backend), *(None,) * 6)
+        factors = _incoming(of_loss, row_scale, ctx.late)
+        return (_scaled(student.detach(), factors, ctx.backend, own=True), *(None,) * 6)

@@ -165,6 +165,7 @@ struct AlphaBeta {
 
   // larger^(a+b)
   KD_INLINE V base(const Column<Math>& col) const {
+    if (c == 1) return col.larger;
     const V x = Math::max(col.larger_logit * inv_temperature, Math::set(-1e30));
     return Math::exp(Math::set(c) * x + Math::select(col.teacher_larger, teacher_power, student_power));
   }
@@ -206,7 +207,10 @@ struct AlphaBeta {
       by_student = Math::set(-1 / a) * power(a, col.k).em;
       by_teacher = Math::set(1 / a) * (power(c, col.k).em - power(b, col.k).em);
     }
-    return base(col) * Math::select(col.teacher_larger, by_teacher, by_student) - col.student() * pivot;
+    const V h = Math::select(col.teacher_larger, by_teacher, by_student);
+    // Where base is the larger probability itself, the pivot comes off before the product, and is exactly 0 at its column.
+    if (c == 1) return col.larger * (h - Math::select(col.teacher_larger, col.ratio, Math::set(1)) * pivot);
+    return base(col) * h - col.student() * pivot;
   }
 };
 

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kdkernels.backends import native
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False"))
+
+
+def cpu_capabilities() -> list[str]:
+    return [] if native.why_not() else native._built().cpu_capabilities()
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test once for each instruction set of the C++ kernels."""
+    if request.param not in cpu_capabilities():
+        pytest.skip(f"this processor does not run the {request.param} kernels")
+    monkeypatch.setenv("KDKERNELS_CPU_CAPABILITY", request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _native_is_built() -> None:
+    assert native.why_not() is None, native.why_not()

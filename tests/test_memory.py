@@ -1,0 +1,36 @@
+"""Peak memory: the gradient and next to nothing else; in place, next to nothing at all."""
+
+import subprocess
+import sys
+
+import pytest
+
+ROWS, WIDTH = 64, 128256
+MEASURE = """
+import sys, torch, kdkernels as kd
+from benchmarks.memory import peak_above_now
+inplace, dtype, divergence = sys.argv[1] == "True", getattr(torch, sys.argv[2]), sys.argv[3]
+teacher = torch.randn({rows}, {width}).to(dtype)
+leaf = torch.randn({rows}, {width}).to(dtype).requires_grad_()
+def step():
+    logits = leaf.view_as(leaf) if inplace else leaf
+    kd.distillation_loss(logits, teacher, torch.arange({rows}), divergence=divergence, ce_weight=0.5, inplace=inplace).backward()
+    leaf.grad = None
+step()
+print(peak_above_now(step))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc/self")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jensen_shannon"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_peak_memory(inplace, dtype, divergence):
+    command = [sys.executable, "-c", MEASURE.format(rows=ROWS, width=WIDTH), str(inplace), dtype, divergence]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    if run.stdout.strip() == "None":
+        pytest.skip("this system does not let a process reset its peak")
+    peak = int(run.stdout)
+    gradient = 0 if inplace else ROWS * WIDTH * (4 if dtype == "float32" else 2)
+    assert gradient * 0.9 <= peak <= gradient + 2**20, f"{peak / 2**20:.2f} MiB"
