@@ -36,12 +36,13 @@ BOUNDS = {
 NOISE = 1e-14
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """‖actual - expected‖ / ‖expected‖ in fp64, differences under NOISE taken as 0."""
+def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
+    """‖actual - expected‖ / max(‖expected‖, floor) in fp64, differences under NOISE taken as 0."""
     actual, expected = actual.detach().double(), expected.detach().double()
     error, size = (actual - expected).norm(), expected.norm()
     if error <= NOISE:
         return 0.0
+    size = size.clamp_min(floor)
     return float(error / size) if size > 0 else float("inf")
 
 
@@ -50,16 +51,19 @@ def cosine(actual: Tensor, expected: Tensor) -> float:
     return float(actual @ expected / (actual.norm() * expected.norm()).clamp_min(1e-300))
 
 
-def assert_near(what: str, actual: Tensor, expected: Tensor, bound: float) -> None:
-    """Fails unless actual has expected's shape and lies within a norm-relative bound of it; NaN never passes."""
+def assert_near(what: str, actual: Tensor, expected: Tensor, bound: float, floor: float = 0.0) -> None:
+    """Fails unless actual has expected's shape and lies within a norm-relative bound of it; NaN never passes.
+
+    An expected norm under ``floor`` counts as ``floor``.
+    """
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    error = relative_error(actual, expected)
+    error = relative_error(actual, expected, floor)
     assert error <= bound, f"{what}: relative error {error:.2e} exceeds {bound:.0e}"
-    if float(expected.detach().double().norm()) > NOISE:
+    if float(expected.detach().double().norm()) > max(NOISE, floor):
         assert cosine(actual, expected) >= 1 - max(bound, 1e-12), f"{what}: cosine {cosine(actual, expected)}"
 
 
-def assert_rounded(what: str, actual: Tensor, expected: Tensor, bound: float) -> None:
+def assert_rounded(what: str, actual: Tensor, expected: Tensor, bound: float, floor: float = 0.0) -> None:
     """actual is expected (fp64) rounded once to actual's dtype, but for errors before the rounding under ``bound``.
 
     Elementwise: what is off by more than expected's own rounding is excess, and an error of e before the rounding
@@ -67,7 +71,7 @@ def assert_rounded(what: str, actual: Tensor, expected: Tensor, bound: float) ->
     """
     rounding = (expected.to(actual.dtype).double() - expected).abs()
     excess = ((actual.detach().double() - expected).abs() - rounding).clamp_min(0)
-    assert_near(what + " beyond rounding", expected + excess, expected, bound)
+    assert_near(what + " beyond rounding", expected + excess, expected, bound, floor)
 
 
 def logits_pair(
@@ -80,8 +84,14 @@ def logits_pair(
     return student.to(dtype), teacher.to(dtype)
 
 
-def against_reference(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **options) -> None:
-    """Loss and gradient of the fused path against the reference in fp64 on the same inputs, by BOUNDS."""
+def against_reference(
+    student: Tensor, teacher: Tensor, labels: Tensor | None = None, *, floor: float = 0.0, **options
+) -> None:
+    """Loss and gradient of the fused path against the reference in fp64 on the same inputs, by BOUNDS.
+
+    ``floor``: gradients of a smaller norm are held to that norm (a bounded divergence's gradient vanishes where the
+    models share no mass, and its digits with it).
+    """
     loss_bound, gradient_bound = BOUNDS[student.dtype]
     exact = student.detach().double().requires_grad_()
     expected = kd.reference.distillation_loss(exact, teacher.double(), labels, **options)
@@ -97,6 +107,6 @@ def against_reference(student: Tensor, teacher: Tensor, labels: Tensor | None = 
         # An fp16 gradient meets its row's scale in backward, rounded for a second time unless that scale is 1.
         scaled = options.get("reduction", "mean") == "mean" or options.get("weight") is not None
         twice = student.dtype == torch.float16 and scaled
-        assert_rounded("gradient", ours.grad, exact.grad, 2**-11 if twice else gradient_bound)
+        assert_rounded("gradient", ours.grad, exact.grad, 2**-11 if twice else gradient_bound, floor)
     else:
-        assert_near("gradient", ours.grad, exact.grad, gradient_bound)
+        assert_near("gradient", ours.grad, exact.grad, gradient_bound, floor)

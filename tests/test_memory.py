@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-ROWS, WIDTH = 64, 128256
+ROWS, WIDTH = 72, 128256  # a gradient of 35 MiB in fp32
 MEASURE = """
 import sys, torch, kdkernels as kd
 from benchmarks.memory import peak_above_now
@@ -33,4 +33,6 @@ def test_peak_memory(inplace, dtype, divergence):
         pytest.skip("this system does not let a process reset its peak")
     peak = int(run.stdout)
     gradient = 0 if inplace else ROWS * WIDTH * (4 if dtype == "float32" else 2)
-    assert gradient * 0.9 <= peak <= gradient + 2**20, f"{peak / 2**20:.2f} MiB"
+    assert peak <= gradient + 2**20, f"{peak / 2**20:.2f} MiB"
+    if gradient >= 2**25:  # too large for memory that the process has kept: the measurement sees it
+        assert peak >= gradient * 0.9

@@ -38,7 +38,7 @@ def calls(draw):
 @given(calls(), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
 def test_any_call_agrees_with_the_reference(call, dtype):
     student, teacher, labels, options = call
-    against_reference(student.to(dtype), teacher.to(dtype), labels, **options)
+    against_reference(student.to(dtype), teacher.to(dtype), labels, floor=1e-3, **options)
 
 
 @CALLS

@@ -1,0 +1,140 @@
+"""Time and peak memory of a loss's forward and backward pass, eager PyTorch against kdkernels."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kdkernels as kd
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # student logits, teacher logits, labels
+
+
+@dataclass(frozen=True)
+class Objective:
+    """kd_weight · T² · divergence + ce_weight · cross-entropy."""
+
+    divergence: kd.Divergence
+    temperature: float
+    kd_weight: float
+    ce_weight: float
+
+    def fused(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        return kd.distillation_loss(
+            student,
+            teacher,
+            labels,
+            divergence=self.divergence,
+            temperature=self.temperature,
+            kd_weight=self.kd_weight,
+            ce_weight=self.ce_weight,
+        )
+
+    def eager(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """The same as it is usually written in PyTorch; bfloat16 logits are upcast, as Transformers does."""
+        student, teacher = student.float().flatten(0, -2), teacher.float().flatten(0, -2)
+        divergence = eager_divergence(
+            self.divergence,
+            F.log_softmax(teacher / self.temperature, dim=-1),
+            F.log_softmax(student / self.temperature, dim=-1),
+        )
+        cross_entropy = F.cross_entropy(student, labels.flatten())
+        return self.kd_weight * self.temperature**2 * divergence + self.ce_weight * cross_entropy
+
+
+def eager_divergence(divergence: kd.Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Mean over the rows of the divergence between teacher p and student q."""
+    if isinstance(divergence, kd.ForwardKL):
+        return kl_div(log_p, log_q)
+    if isinstance(divergence, kd.ReverseKL):
+        return kl_div(log_q, log_p)
+    if isinstance(divergence, kd.SkewForwardKL):
+        return kl_div(log_p, log_mixture(log_p, log_q, divergence.lam))
+    if isinstance(divergence, kd.JensenShannon):
+        log_m, beta = log_mixture(log_p, log_q, divergence.beta), divergence.beta
+        return beta * kl_div(log_p, log_m) + (1 - beta) * kl_div(log_q, log_m)
+    raise TypeError(f"no eager form of {divergence}")
+
+
+def kl_div(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p‖q); PyTorch takes the second distribution first."""
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    """log(share · p + (1 - share) · q)."""
+    return torch.logsumexp(torch.stack([log_p + math.log(share), log_q + math.log1p(-share)]), dim=0)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one forward and backward pass of a loss takes."""
+
+    milliseconds: float
+    peak_mebibytes: float | None  # above the inputs; None where it cannot be measured
+    loss: float
+
+
+def measure(loss: Loss, student: Tensor, teacher: Tensor, labels: Tensor, runs: int) -> Cost:
+    """Median time and peak memory of the loss on student logits that are a leaf."""
+    value = forward_backward(loss, student, teacher, labels).item()
+    peak = peak_memory(lambda: forward_backward(loss, student, teacher, labels), student.device)
+    times = []
+    for _ in range(runs):
+        synchronize(student.device)
+        start = time.perf_counter()
+        forward_backward(loss, student, teacher, labels)
+        synchronize(student.device)
+        times.append(1e3 * (time.perf_counter() - start))
+    return Cost(statistics.median(times), None if peak is None else peak / 2**20, value)
+
+
+def forward_backward(loss: Loss, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    leaf = student.detach().requires_grad_()  # shares the memory; its gradient is gone with it
+    value = loss(leaf, teacher, labels)
+    value.backward()
+    return value.detach()
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that the run has allocated at once at most, beyond what was there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type == "cpu":
+        return peak_resident_memory(run)
+    return None
+
+
+def peak_resident_memory(run: Callable[[], object]) -> int | None:
+    """The same by Linux's count of the process's resident memory; None on another system."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+        before = resident_memory("VmRSS")
+        run()
+        return max(0, resident_memory("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def resident_memory(entry: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == entry:
+            return 1024 * int(value.split()[0])
+    raise OSError(f"/proc/self/status has no {entry}")

@@ -1,0 +1,122 @@
+"""Small Llama models, their training and their held-out loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Batch = tuple[Tensor, Tensor]  # token ids and their labels, (sequences, tokens) each
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of a Llama model; embedding and head share their weight."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+
+
+def build_model(shape: Shape, vocab_size: int, context: int, seed: int, device: torch.device) -> nn.Module:
+    """A Llama model that starts as a bigram model: every block adds nothing to the residual stream at first."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=shape.mlp_width,
+        max_position_embeddings=context,
+        # Transformers' 0.02 is for widths of thousands; here it would drown the token in its first block's output.
+        initializer_range=0.06,
+        tie_word_embeddings=True,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config)
+    for layer in model.model.layers:
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+        nn.init.zeros_(layer.mlp.down_proj.weight)
+    return model.to(device)
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def head_parameters(model: nn.Module) -> int:
+    return model.get_parameter("lm_head.weight").numel()
+
+
+def windows(stream: Tensor, context: int) -> Batch:
+    """The stream cut into sequences, with the next token as label: aligned here, so that logits are never sliced."""
+    count = (len(stream) - 1) // context
+    return stream[: count * context].view(count, context), stream[1 : count * context + 1].view(count, context)
+
+
+def random_batches(stream: Tensor, context: int, sequences: int, seed: int) -> Iterator[Batch]:
+    """Batches without end, every epoch in another order; the order depends on the seed alone."""
+    ids, labels = windows(stream, context)
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for chosen in torch.randperm(len(ids), generator=generator).split(sequences):
+            if len(chosen) == sequences:
+                yield ids[chosen], labels[chosen]
+
+
+def held_out_batches(stream: Tensor, context: int, sequences: int, count: int, seed: int) -> list[Batch]:
+    """A fixed sample of the held-out windows, at most `count` batches of them."""
+    available = (len(stream) - 1) // context // sequences
+    batches = random_batches(stream, context, sequences, seed)
+    return [next(batches) for _ in range(min(count, available))]
+
+
+def precision(device: torch.device) -> torch.autocast:
+    """bfloat16 matrix products on a GPU, float32 on the CPU."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+def compute_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    with precision(ids.device):
+        return model(input_ids=ids).logits
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, batches: list[Batch], device: torch.device) -> float:
+    """Mean cross-entropy per token in nats."""
+    model.eval()
+    total = 0.0
+    for ids, labels in batches:
+        logits = compute_logits(model, ids.to(device))
+        total += F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().to(device)).item()
+    model.train()
+    return total / len(batches)
+
+
+class Trainer:
+    """A model, its optimiser and its learning-rate schedule: linear warm-up, then linear decay to zero."""
+
+    def __init__(self, model: nn.Module, steps: int, learning_rate: float) -> None:
+        self.model = model
+        self.optimizer = torch.optim.AdamW(model.parameters(), learning_rate, (0.9, 0.95), weight_decay=0, fused=True)
+        warm_up = max(1, steps // 20)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
+        )
+
+    def step(self, ids: Tensor, loss_of_logits: Callable[[Tensor], Tensor]) -> Tensor:
+        """One update; returns the loss, detached and still on its device."""
+        loss = loss_of_logits(compute_logits(self.model, ids))
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        return loss.detach()
