@@ -1,4 +1,4 @@
-"""Every check of what a caller hands in, before any work: a message names the argument, what came, what was expected."""
+"""Every check of what a caller hands in, before any work: messages name the argument, what came, what was expected."""
 
 from __future__ import annotations
 

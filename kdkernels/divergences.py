@@ -55,6 +55,10 @@ class ReverseKL(Divergence):
     name: ClassVar[str] = "reverse_kl"
 
 
+def _kl_at_the_ends(position: float, between: Divergence) -> Divergence:
+    return ForwardKL() if position == 0 else ReverseKL() if position == 1 else between
+
+
 @dataclass(frozen=True)
 class SymmetricKL(Divergence):
     r"""(1 - weight)·KL(p‖q) + weight·KL(q‖p), 0 <= weight <= 1."""
@@ -69,7 +73,7 @@ class SymmetricKL(Divergence):
         return (self.weight,)
 
     def canonical(self) -> Divergence:
-        return {0: ForwardKL(), 1: ReverseKL()}.get(self.weight, self)
+        return _kl_at_the_ends(self.weight, self)
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class JensenShannon(Divergence):
         return (self.beta,)
 
     def canonical(self) -> Divergence:
-        return {0: ForwardKL(), 1: ReverseKL()}.get(self.beta, self)
+        return _kl_at_the_ends(self.beta, self)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -50,12 +48,13 @@ class DistillationLoss(nn.Module):
         temperature: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, RowStats]:
         """The loss of one batch; ``temperature`` replaces the one given at construction."""
-        options: dict[str, Any] = {**self.options, "weight": weight, "normalizer": normalizer}
+        options: LossOptions = {**self.options, "weight": weight, "normalizer": normalizer}
         if temperature is not None:
             options["temperature"] = temperature
-        return distillation_loss(
-            student_logits, teacher, labels, inplace=self.inplace, return_stats=self.return_stats, **options
+        loss, stats = distillation_loss(
+            student_logits, teacher, labels, inplace=self.inplace, return_stats=True, **options
         )
+        return (loss, stats) if self.return_stats else loss
 
     def extra_repr(self) -> str:
         flags = {"inplace": self.inplace, "return_stats": self.return_stats}

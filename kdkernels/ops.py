@@ -28,9 +28,7 @@ _LIBRARY.define(
     ") -> (Tensor loss, Tensor stats, Tensor gradient)",
     tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag),
 )
-_LIBRARY.define(
-    "scale_rows(Tensor values, Tensor factors, str backend) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
+_LIBRARY.define("scale_rows(Tensor values, Tensor factors, str backend) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _outputs(student: Tensor, row_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,9 +174,7 @@ class InplaceRowLoss(torch.autograd.Function):
         options: RowOptions,
     ) -> tuple[Tensor, Tensor]:
         loss, stats = _outputs(student, row_scale)
-        _BACKENDS[backend].row_loss(
-            student, teacher, labels, row_scale, temperatures, options, student, loss, stats
-        )
+        _BACKENDS[backend].row_loss(student, teacher, labels, row_scale, temperatures, options, student, loss, stats)
         # Whoever saved these logits for a backward of its own is told that they are gone.
         torch.autograd.graph.increment_version(student)
         ctx.save_for_backward(student, row_scale)

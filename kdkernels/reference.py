@@ -174,7 +174,9 @@ def loss_from(a: Arguments) -> tuple[Tensor, RowStats]:
     elif a.reduction == "sum":
         loss = loss.sum()
     out = torch.float64 if a.student.dtype == torch.float64 else torch.float32
-    return loss.to(out), RowStats(*(None if x is None else x.to(out) for x in stats))
+    hard = None if stats.cross_entropy is None else stats.cross_entropy.to(out)
+    dense = RowStats(stats.student_lse.to(out), stats.teacher_lse.to(out), stats.divergence.to(out), hard)
+    return loss.to(out), dense
 
 
 @overload

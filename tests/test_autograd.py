@@ -131,7 +131,9 @@ def test_gradient_reaches_what_made_the_logits():
     for inplace in (False, True):
         w = weight.clone().requires_grad_()
         logits = hidden @ w.T
-        kd.distillation_loss(logits, torch.randn(6, 100, generator=torch.Generator().manual_seed(0)), inplace=inplace).backward()
+        kd.distillation_loss(
+            logits, torch.randn(6, 100, generator=torch.Generator().manual_seed(0)), inplace=inplace
+        ).backward()
         results.append(w.grad)
     assert_near("weight gradient", results[0], results[1], 1e-6)
 
@@ -159,7 +161,7 @@ def test_no_gradient_no_memory():
     with torch.no_grad():
         assert not kd.distillation_loss(student.requires_grad_(), teacher).requires_grad
     assert not kd.distillation_loss(student.detach(), teacher).requires_grad
-    loss, stats, gradient = ops.row_loss(*operator_arguments(student.detach(), teacher, form_gradient=False))
+    _, _, gradient = ops.row_loss(*operator_arguments(student.detach(), teacher, form_gradient=False))
     assert gradient.numel() == 0
 
 
@@ -215,6 +217,8 @@ def test_under_autocast_logits_are_taken_as_they_come():
 def test_activation_checkpointing():
     student, teacher = logits_pair(5, 100)
     one, two = student.clone().requires_grad_(), student.clone().requires_grad_()
-    torch.utils.checkpoint.checkpoint(lambda z: kd.distillation_loss(z * 2, teacher), one, use_reentrant=False).backward()
+    torch.utils.checkpoint.checkpoint(
+        lambda z: kd.distillation_loss(z * 2, teacher), one, use_reentrant=False
+    ).backward()
     kd.distillation_loss(two * 2, teacher).backward()
     assert torch.equal(one.grad, two.grad)

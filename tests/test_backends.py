@@ -59,7 +59,10 @@ def test_environment(monkeypatch):
 
 
 def test_asked_for_and_not_able():
-    with backends.use("triton"), pytest.raises(RuntimeError, match="'triton' was asked for and cannot serve.*cpu: this"):
+    with (
+        backends.use("triton"),
+        pytest.raises(RuntimeError, match=r"'triton' was asked for and cannot serve.*cpu: this"),
+    ):
         kd.distillation_loss(*logits_pair(2, 10))
     with backends.use("native"), pytest.raises(RuntimeError, match="cannot serve tensors on meta: this build has"):
         kd.distillation_loss(*(x.to("meta") for x in logits_pair(2, 10)))
@@ -87,7 +90,9 @@ def test_capabilities_agree(monkeypatch):
 def test_python_m_kdkernels():
     report = subprocess.run([sys.executable, "-m", "kdkernels"], capture_output=True, text=True, check=True).stdout
     assert f"kdkernels {kd.__version__}" in report
-    assert f"native     available on cpu (C++, {native.capability()})" in " ".join(report.split("\n")) or "cuda" in report
+    assert (
+        f"native     available on cpu (C++, {native.capability()})" in " ".join(report.split("\n")) or "cuda" in report
+    )
     assert backends.NO_TRITON in report
 
 

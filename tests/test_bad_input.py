@@ -97,7 +97,7 @@ def test_bad_divergence(make, message):
 
 
 def test_inplace_on_a_leaf():
-    with pytest.raises(ValueError, match="inplace=True overwrites student_logits.*leaf"):
+    with pytest.raises(ValueError, match=r"inplace=True overwrites student_logits.*leaf"):
         kd.distillation_loss(Z.clone().requires_grad_(), Y, inplace=True)
 
 

@@ -14,7 +14,10 @@ teacher = torch.randn({rows}, {width}).to(dtype)
 leaf = torch.randn({rows}, {width}).to(dtype).requires_grad_()
 def step():
     logits = leaf.view_as(leaf) if inplace else leaf
-    kd.distillation_loss(logits, teacher, torch.arange({rows}), divergence=divergence, ce_weight=0.5, inplace=inplace).backward()
+    loss = kd.distillation_loss(
+        logits, teacher, torch.arange({rows}), divergence=divergence, ce_weight=0.5, inplace=inplace
+    )
+    loss.backward()
     leaf.grad = None
 step()
 print(peak_above_now(step))

@@ -162,7 +162,9 @@ def test_half_precision_conversions_are_exact(capability):
         values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
         values = values[values.isfinite()]
         a = kd.distillation_loss(values[None], values[None].flip(-1), reduction="none", return_stats=True)[1]
-        b = kd.distillation_loss(values[None].double(), values[None].flip(-1).double(), reduction="none", return_stats=True)[1]
+        b = kd.distillation_loss(
+            values[None].double(), values[None].flip(-1).double(), reduction="none", return_stats=True
+        )[1]
         assert_near("lse", a.student_lse, b.student_lse, 1e-6)
 
 

@@ -17,7 +17,14 @@ def test_labels_weights_and_reductions(dtype, reduction, temperature, weighted):
     student, teacher = logits_pair(3, 4, 1000, dtype=dtype)
     weight = torch.tensor([[1.0, 2.0, 0.5, 0.0], [1.0, 0.0, 3.0, 1.0], [0.25, 1.0, 1.0, 1.0]]) if weighted else None
     against_reference(
-        student, teacher, LABELS, reduction=reduction, temperature=temperature, weight=weight, kd_weight=0.7, ce_weight=0.3
+        student,
+        teacher,
+        LABELS,
+        reduction=reduction,
+        temperature=temperature,
+        weight=weight,
+        kd_weight=0.7,
+        ce_weight=0.3,
     )
     against_reference(student, teacher, LABELS, reduction=reduction, temperature=temperature, weight=weight)
 

@@ -128,7 +128,9 @@ def test_total_is_hinton_s_objective():
     student, teacher = doubles(6, 11)
     labels = torch.arange(6)
     total = kd.reference.distillation_loss(student, teacher, labels, temperature=2.0, kd_weight=0.9, ce_weight=0.1)
-    kl = F.kl_div(F.log_softmax(student / 2, -1), F.log_softmax(teacher / 2, -1), log_target=True, reduction="batchmean")
+    kl = F.kl_div(
+        F.log_softmax(student / 2, -1), F.log_softmax(teacher / 2, -1), log_target=True, reduction="batchmean"
+    )
     expected = 0.9 * 4 * kl + 0.1 * F.cross_entropy(student, labels)
     assert_near("total", total, expected, 1e-14)
 
