@@ -1,4 +1,7 @@
-"""python -m benchmarks rows: ours, the peers and the ceiling in one run; a table, a JSON file and a plot."""
+"""python -m benchmarks rows: ours, the peers and the ceiling in one run; a table, a JSON file and a plot.
+
+python -m benchmarks readme: the README's tables from those files.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import report, rows
+from benchmarks.environment import ROOT
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -24,11 +28,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     bench.add_argument(
         "--output", type=Path, default=None, help=f"folder of the result files (default: {RESULTS.name}/)"
     )
+    commands.add_parser("readme", help="write the tables of README.md from the result files")
     return parser.parse_args(arguments)
+
+
+def write_readme() -> None:
+    text = (
+        f"{report.summary(report.load(RESULTS / 'rows-cpu.json'))}\n\n![rows on a CPU](benchmarks/results/rows-cpu.png)"
+    )
+    report.write_between_markers(ROOT / "README.md", "rows-cpu", text)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    if options.command == "readme":
+        write_readme()
+        return
     if options.threads:
         torch.set_num_threads(options.threads)
     result = rows.run(options.device, options.rows, options.width, options.rounds)

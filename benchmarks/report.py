@@ -49,6 +49,35 @@ def markdown(result: Result) -> str:
     return "\n".join([*lines, "", note])
 
 
+def summary(result: Result) -> str:
+    """The README's table: a line per case."""
+    names = [row["implementation"] for row in result["results"][0]["rows"]]
+    case = result["results"][0]["case"]
+    lines = [
+        f"Loss and gradient of {case['rows']} × {case['width']} logits: milliseconds (and peak MiB above the inputs).",
+        "",
+        f"| | {' | '.join(names)} | times faster than eager, torch.compile |",
+        "|---|" + "---:|" * (len(names) + 1),
+    ]
+    for entry in result["results"]:
+        rows = {row["implementation"]: row for row in entry["rows"]}
+        cells = [
+            f"{row['milliseconds']:.0f}" + ("" if row["peak_mib"] is None else f" ({row['peak_mib']:.0f})")
+            for row in rows.values()
+        ]
+        ours = rows["kdkernels"]["milliseconds"]
+        faster = ", ".join(f"{rows[peer]['milliseconds'] / ours:.1f}" for peer in ("eager", "torch.compile"))
+        lines.append(f"| {entry['case']['divergence']}, {entry['case']['dtype']} | {' | '.join(cells)} | {faster} |")
+    return "\n".join([*lines, "", f"Measured on: {measured_on(result['environment'])}."])
+
+
+def write_between_markers(path: Path, name: str, text: str) -> None:
+    """Replaces what stands between <!-- name --> and <!-- /name --> in a Markdown file."""
+    before, rest = path.read_text().split(f"<!-- {name} -->\n")
+    _, after = rest.split(f"<!-- /{name} -->")
+    path.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->{after}")
+
+
 def plot(result: Result, path: Path) -> None:
     """Bars of time per case, with the limit as a line and the peak memory written at each bar."""
     import matplotlib

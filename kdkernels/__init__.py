@@ -1,5 +1,6 @@
 """kdkernels: fused knowledge-distillation losses for large-vocabulary language models."""
 
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 from kdkernels import backends, reference
@@ -18,7 +19,10 @@ from kdkernels.losses import distillation_loss
 from kdkernels.modules import DistillationLoss
 from kdkernels.stats import RowStats
 
-__version__ = _version("kdkernels")
+try:
+    __version__ = _version("kdkernels")
+except _PackageNotFoundError:  # imported from a checkout that was never installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "AlphaBeta",

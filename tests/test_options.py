@@ -252,3 +252,18 @@ def test_module_is_the_function():
         ),
     )
     assert "temperature=2.0" in repr(module)
+
+
+def test_offsets_beyond_32_bits():
+    # Two rows more than 2^31 elements apart; the memory between them is never touched.
+    student, teacher = logits_pair(2, 1003, dtype=torch.bfloat16)
+    far = torch.empty(2**31 + 2000, dtype=torch.bfloat16).as_strided((2, 1003), (2**31 + 7, 1))
+    far.copy_(student)
+    near = student.clone().requires_grad_()
+    leaf = far.requires_grad_()
+    expected = kd.distillation_loss(near, teacher)
+    actual = kd.distillation_loss(leaf, teacher)
+    assert torch.equal(actual, expected)
+    (gradient,) = torch.autograd.grad(actual, leaf)
+    expected.backward()
+    assert torch.equal(gradient, near.grad)

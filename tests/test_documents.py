@@ -1,0 +1,64 @@
+"""The README runs as it stands, and its figures are those of the result files."""
+
+import re
+import warnings
+
+import pytest
+import torch
+
+from benchmarks import __main__ as benchmarks_main
+from benchmarks import report
+from benchmarks.environment import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readme_s_examples_run_in_order():
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) >= 3
+    torch.manual_seed(0)
+    names: dict = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for block in blocks:
+            # The same code on a smaller vocabulary: what is tested is that it runs as pasted.
+            exec(block.replace("32000", "320"), names)
+    assert names["student_logits"].grad.shape == (4, 512, 320)
+
+
+def test_the_readme_s_table_is_the_result_file_s():
+    between = README.split("<!-- rows-cpu -->\n")[1].split("\n<!-- /rows-cpu -->")[0]
+    assert between.startswith(report.summary(report.load(ROOT / "benchmarks/results/rows-cpu.json")))
+
+
+def test_links_lead_somewhere():
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_every_divergence_is_in_the_documents():
+    import kdkernels as kd
+
+    losses = (ROOT / "docs/losses.md").read_text()
+    for name, cls in kd.divergences.BY_NAME.items():
+        assert f"`{name}`" in losses
+        assert cls.__name__ in losses
+
+
+def test_benchmark_end_to_end(tmp_path, capsys):
+    benchmarks_main.main(["rows", "--rows", "4", "--width", "1000", "--rounds", "1", "--output", str(tmp_path)])
+    result = report.load(tmp_path / "rows-cpu.json")
+    assert {"device", "torch", "commit"} <= result["environment"].keys()
+    for entry in result["results"]:
+        for row in entry["rows"]:
+            assert row["milliseconds"] > 0
+            assert row["gradient_error"] < 1e-2
+    assert (tmp_path / "rows-cpu.png").stat().st_size > 10_000
+    assert report.markdown(result) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [["--device", "tpu"], ["columns"]])
+def test_benchmark_refuses_what_it_does_not_know(wrong):
+    with pytest.raises((SystemExit, RuntimeError)):
+        benchmarks_main.main(["rows", *wrong] if len(wrong) > 1 else wrong)
