@@ -196,7 +196,7 @@ class RowSweep {
     student_at_ = p_.student.rows.offset(row);
     teacher_at_ = p_.teacher.rows.offset(row);
     const double temperature = p_.temperatures ? number(p_.temperatures, row) : p_.temperature;
-    const double inv_temperature = 1 / temperature;
+    const double inv_temperature = Real(1 / temperature);  // the same number for the columns and for their sums
     const bool with_ce = p_.ce_weight != 0;
     const int64_t label = with_ce ? p_.labels[row] : 0;
     // The student at temperature 1 is the divergence's own softmax unless T or a missing divergence says otherwise.
@@ -293,7 +293,7 @@ class RowSweep {
   static RowConstants<Math> constants(const Statistics& st, double shift, double inv_temperature, double gap) {
     RowConstants<Math> r;
     r.student_max = Math::set(st.student_max), r.teacher_max = Math::set(st.teacher_max);
-    r.shift = Math::set(shift), r.gap = Math::set(gap);
+    r.shift = Math::set(shift), r.gap = Math::set(gap), r.gap_rest = Math::set(gap - Real(gap));
     r.inv_temperature = Math::set(inv_temperature), r.log2e_over_temperature = Math::set(inv_temperature * kLog2E);
     r.inv_student_sum = Math::set(1 / st.student_sum), r.inv_teacher_sum = Math::set(1 / st.teacher_sum);
     r.log_student_sum = Math::set(std::log(st.student_sum)), r.log_teacher_sum = Math::set(std::log(st.teacher_sum));

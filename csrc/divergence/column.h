@@ -19,7 +19,7 @@ struct RowConstants {
   V student_max, teacher_max;    // of the logits, before the temperature
   V shift;                       // a coarse multiple near teacher_max - student_max: teacher - shift is exact
   V inv_temperature, log2e_over_temperature;
-  V gap;                         // log-normaliser of the teacher minus the student's, after the shift
+  V gap, gap_rest;               // log-normaliser of the teacher minus the student's, after the shift: their sum
   V inv_student_sum, inv_teacher_sum;
   V log_student_sum, log_teacher_sum;
 };
@@ -42,7 +42,7 @@ struct Column {
     Column c;
     const V difference = (teacher - row.shift) - student;
     // NaN: -inf on both sides (a NaN row never comes here); such a column contributes nothing.
-    c.d = Math::select(Math::is_nan(difference), Math::set(0), difference * row.inv_temperature - row.gap);
+    c.d = Math::select(Math::is_nan(difference), Math::set(0), (difference * row.inv_temperature - row.gap) - row.gap_rest);
     c.k = -Math::abs(c.d);
     c.teacher_larger = Math::greater(c.d, Math::set(0));
     c.larger_logit = Math::select(c.teacher_larger, teacher - row.teacher_max, student - row.student_max);
