@@ -155,6 +155,7 @@ struct TotalVariation {
 template <class Math>
 struct AlphaBeta {
   using V = typename Math::V;
+  using Mask = typename Math::Mask;
   static constexpr bool slopes_sum_to_zero = false;
   double a, b, c;
   V inv_temperature;
@@ -205,7 +206,9 @@ struct AlphaBeta {
       by_teacher = Math::select(Math::greater(ratio, Math::set(0)), ratio * col.k, Math::set(0));
     } else {
       by_student = Math::set(-1 / a) * power(a, col.k).em;
-      by_teacher = Math::set(1 / a) * (power(c, col.k).em - power(b, col.k).em);
+      const auto both = power(c, col.k), student = power(b, col.k);
+      const Mask near = Math::greater(col.k, Math::set(-1));  // e^x - 1 keeps the digits near 0, e^x far from it
+      by_teacher = Math::set(1 / a) * Math::select(near, both.em - student.em, both.e - student.e);
     }
     const V h = Math::select(col.teacher_larger, by_teacher, by_student);
     // Where base is the larger probability itself, the pivot comes off before the product, and is exactly 0 at its column.
