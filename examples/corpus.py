@@ -84,15 +84,14 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 
 def tokenize(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
     """One stream of token ids in which every document is followed by the end-of-document token."""
-    end = tokenizer.token_to_id(END_OF_DOCUMENT)
     ids: list[int] = []
-    for encoding in tokenizer.encode_batch(texts):
-        ids += [*encoding.ids, end]
+    for encoding in tokenizer.encode_batch([text + END_OF_DOCUMENT for text in texts]):
+        ids += encoding.ids
     return torch.tensor(ids)
 
 
 def load_corpus(vocab_size: int, limit: int | None, seed: int) -> Corpus:
-    """Documents split, tokenizer trained, everything tokenized, a bar for each; `limit` keeps the first documents only."""
+    """The first `limit` documents, or all: split, tokenized by a tokenizer trained on the training part."""
     with tqdm(total=4, desc="text and tokenizer", unit="part") as bar:
         texts = documents()[:limit]
         bar.update()

@@ -20,6 +20,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from training import (
     Batch,
+    Rates,
     Shape,
     Trainer,
     build_model,
@@ -44,9 +46,10 @@ from training import (
 
 import kdkernels as kd
 
-
 TEACHER = Shape(width=256, layers=4, heads=4, mlp_width=768)
-STUDENT = Shape(width=96, layers=2, heads=3, mlp_width=256)
+STUDENT = Shape(width=96, layers=3, heads=3, mlp_width=256)
+TEACHER_RATES = Rates(blocks=2e-3, embedding=1e-2)
+STUDENT_RATES = Rates(blocks=4e-3, embedding=8e-3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +62,14 @@ class Settings:
     student: Shape = STUDENT
     context: int = 256
     sequences: int = 4
-    teacher_steps: int = 400
-    steps: int = 300
-    teacher_learning_rate: float = 2e-3
-    student_learning_rate: float = 4e-3
-    curve_points: int = 8
+    teacher_steps: int = 360
+    steps: int = 180
+    teacher_rates: Rates = TEACHER_RATES
+    student_rates: Rates = STUDENT_RATES
+    curve_points: int = 6
     curve_batches: int = 6
-    held_out_batches: int = 40
-    cost_runs: int = 7
+    held_out_batches: int = 32
+    cost_runs: int = 5
     seed: int = 0
 
 
@@ -86,8 +89,8 @@ SMOKE = Settings(
 )
 
 OBJECTIVES = {
-    "forward KL": Objective(kd.ForwardKL(), temperature=1.0, kd_weight=0.9, ce_weight=0.1),
-    "Jensen-Shannon": Objective(kd.JensenShannon(0.5), temperature=1.0, kd_weight=0.9, ce_weight=0.1),
+    "forward KL": Objective(kd.ForwardKL(), temperature=1.0, kd_weight=0.5, ce_weight=0.5),
+    "skew forward KL": Objective(kd.SkewForwardKL(0.1), temperature=1.0, kd_weight=0.5, ce_weight=0.5),
 }
 
 
@@ -121,9 +124,9 @@ def training_batches(
 
 def train_teacher(corpus: Corpus, settings: Settings, device: torch.device) -> nn.Module:
     model = build_model(settings.teacher, corpus.vocab_size, settings.context, settings.seed, device)
-    trainer = Trainer(model, settings.teacher_steps, settings.teacher_learning_rate)
+    trainer = Trainer(model, settings.teacher_steps, settings.teacher_rates)
     for step, (ids, labels), bar in training_batches(corpus, settings, settings.teacher_steps, device, "teacher"):
-        loss = trainer.step(ids, student_loss(None, None, labels))
+        loss = trainer.step(ids, partial(hard_label_loss, labels=labels))
         if step % 10 == 0:
             bar.set_postfix_str(f"loss {loss.item():.2f}")
     return model
@@ -138,7 +141,7 @@ def train_students(
         name: Trainer(
             build_model(settings.student, corpus.vocab_size, settings.context, settings.seed, device),
             settings.steps,
-            settings.student_learning_rate,
+            settings.student_rates,
         )
         for name in objectives
     }
@@ -153,15 +156,15 @@ def train_students(
             for name, trainer in trainers.items():
                 curves[name].steps.append(step)
                 curves[name].losses.append(held_out_loss(trainer.model, held_out, device))
-            bar.set_postfix_str(", ".join(f"{name} {curve.losses[-1]:.2f}" for name, curve in curves.items()))
+            bar.set_postfix_str("held-out " + " / ".join(f"{curve.losses[-1]:.2f}" for curve in curves.values()))
     return {name: trainer.model for name, trainer in trainers.items()}, curves
 
 
 def student_loss(objective: Objective | None, teacher_logits: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
     """The loss as a function of the student's logits; hard labels alone where there is no objective."""
     if objective is None:
-        return lambda logits: hard_label_loss(logits, labels)
-    return lambda logits: objective.fused(logits, teacher_logits, labels)
+        return partial(hard_label_loss, labels=labels)
+    return partial(objective.fused, teacher=teacher_logits, labels=labels)
 
 
 def measure_costs(

@@ -71,7 +71,7 @@ def kl_div(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     """log(share · p + (1 - share) · q)."""
-    return torch.logsumexp(torch.stack([log_p + math.log(share), log_q + math.log1p(-share)]), dim=0)
+    return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
 
 
 @dataclass(frozen=True)

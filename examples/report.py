@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 HARD_LABELS = "hard labels"
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
-_COLORS = ("#7f7f7f", "#0072b2", "#d55e00", "#009e73")
-_EAGER, _OURS = "#bbbbbb", "#0072b2"
+_COLORS = ("#7f7f7f", "#0072b2", "#d55e00")
+_EAGER, _OURS = "#bbbbbb", "#009e73"
 
 
 @dataclass(frozen=True)
@@ -65,19 +65,19 @@ class Results:
         return f"Cross-entropy on {self.held_out_tokens:,} held-out tokens\n{table(rows)}"
 
     def cost_table(self) -> str:
-        rows = [["", "eager", "kdkernels", "ratio", "eager", "kdkernels", "ratio"]]
+        rows = [["", "time: eager", "kdkernels", "ratio", "memory: eager", "kdkernels", "ratio"]]
         for name, eager in self.eager_costs.items():
             fused = self.fused_costs[name]
             times, memory = (eager.milliseconds, fused.milliseconds), (eager.peak_mebibytes, fused.peak_mebibytes)
             rows.append([name, *pair(times, "ms"), *pair(memory, "MiB")])
         return (
-            f"The loss alone, forward and backward, {self.cost_shape}: median time, peak memory above the inputs\n"
-            f"{table(rows)}\n{self.agreement()}"
+            f"The loss alone, forward and backward, {self.cost_shape}\n{table(rows)}\n"
+            f"Time: median of {self.settings['cost_runs']} runs. Memory: peak above the inputs. {self.agreement()}"
         )
 
     def agreement(self) -> str:
         worst = max(abs(self.fused_costs[name].loss / eager.loss - 1) for name, eager in self.eager_costs.items())
-        return f"Both compute the same loss: they differ by {worst:.1e} of it at most."
+        return f"The losses agree to {worst:.0e}."
 
     def verdict(self) -> str:
         lines = []
@@ -103,24 +103,25 @@ class Results:
 
     def save_plot(self, path: Path) -> None:
         figure = Figure(figsize=(11, 5.2), layout="constrained", dpi=150)
-        grid = figure.add_gridspec(2, 2, width_ratios=(1.9, 1))
-        self.plot_curves(figure.add_subplot(grid[:, 0]))
-        times, memory = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
-        self.plot_costs(times, "milliseconds", "Time of the loss, forward + backward", "ms")
-        self.plot_costs(memory, "peak_mebibytes", "Peak memory of the loss", "MiB")
         share = self.student_parameters / self.teacher_parameters
         figure.suptitle(
-            f"Distilling a {self.teacher_parameters / 1e6:.1f} M parameter teacher "
-            f"into students of {share:.0%} of its size",
+            f"Students of {share:.0%} of the size of their {self.teacher_parameters / 1e6:.1f} M parameter teacher",
             fontsize=13,
         )
+        grid = figure.add_gridspec(2, 2, width_ratios=(1.8, 1))
+        self.plot_curves(figure.add_subplot(grid[:, 0]))
+        times, memory = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
+        self.plot_costs(times, "milliseconds", "Time of the loss (ms)")
+        self.plot_costs(memory, "peak_mebibytes", "Peak memory of the loss (MiB)")
+        times.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.4, 1.12))
+        memory.set_xlabel(self.cost_shape)
         figure.savefig(path)
 
     def plot_curves(self, axes: Axes) -> None:
         for color, (name, curve) in zip(_COLORS, self.curves.items(), strict=False):
             axes.plot(curve.steps, curve.losses, color=color, marker="o", markersize=4, label=f"student, {name}")
-        axes.axhline(self.teacher_curve_loss, color="black", linestyle="--", linewidth=1.2, label="teacher, trained")
-        axes.set_title("Held-out loss", fontsize=11)
+        axes.axhline(self.teacher_curve_loss, color="black", linestyle="--", linewidth=1.2, label="trained teacher")
+        axes.set_title(f"Loss on {self.curve_tokens:,} held-out tokens", fontsize=11)
         axes.set_xlabel("training step")
         axes.set_ylabel("cross-entropy (nats per token)")
         axes.set_xlim(left=0)
@@ -128,23 +129,22 @@ class Results:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
 
-    def plot_costs(self, axes: Axes, quantity: str, title: str, unit: str) -> None:
+    def plot_costs(self, axes: Axes, quantity: str, title: str) -> None:
         height = 0.36
         for offset, label, color, costs in (
             (-height / 2, "eager PyTorch", _EAGER, self.eager_costs),
             (height / 2, "kdkernels", _OURS, self.fused_costs),
         ):
-            values = [getattr(cost, quantity) or 0.0 for cost in costs.values()]
+            values: list[float | None] = [getattr(cost, quantity) for cost in costs.values()]
             places = [place + offset for place in range(len(values))]
-            bars = axes.barh(places, values, height, color=color, label=label)
-            axes.bar_label(bars, [f"{value:,.0f}" for value in values], padding=3, fontsize=9)
+            bars = axes.barh(places, [value or 0.0 for value in values], height, color=color, label=label)
+            numbers = ["n/a" if value is None else f"{value:,.0f}" for value in values]
+            axes.bar_label(bars, numbers, padding=3, fontsize=9)
         axes.set_yticks(range(len(self.eager_costs)), self.eager_costs)
         axes.invert_yaxis()
-        axes.margins(x=0.15)
+        axes.margins(x=0.15)  # room for the numbers
         axes.set_title(title, fontsize=11)
-        axes.set_xlabel(f"{unit}, {self.cost_shape}")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9, loc="lower right")
 
 
 def pair(values: tuple[float | None, float | None], unit: str) -> list[str]:

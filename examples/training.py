@@ -23,6 +23,14 @@ class Shape:
     mlp_width: int
 
 
+@dataclass(frozen=True)
+class Rates:
+    """Peak learning rates. The embedding has its own: a batch holds few of its rows, each is updated rarely."""
+
+    blocks: float
+    embedding: float
+
+
 def build_model(shape: Shape, vocab_size: int, context: int, seed: int, device: torch.device) -> nn.Module:
     """A Llama model that starts as a bigram model: every block adds nothing to the residual stream at first."""
     torch.manual_seed(seed)
@@ -103,9 +111,12 @@ def held_out_loss(model: nn.Module, batches: list[Batch], device: torch.device) 
 class Trainer:
     """A model, its optimiser and its learning-rate schedule: linear warm-up, then linear decay to zero."""
 
-    def __init__(self, model: nn.Module, steps: int, learning_rate: float) -> None:
+    def __init__(self, model: nn.Module, steps: int, rates: Rates) -> None:
         self.model = model
-        self.optimizer = torch.optim.AdamW(model.parameters(), learning_rate, (0.9, 0.95), weight_decay=0, fused=True)
+        embedding = model.get_parameter("model.embed_tokens.weight")
+        blocks = [parameter for parameter in model.parameters() if parameter is not embedding]
+        groups = [{"params": blocks, "lr": rates.blocks}, {"params": [embedding], "lr": rates.embedding}]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0, fused=True)
         warm_up = max(1, steps // 20)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
