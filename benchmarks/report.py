@@ -43,7 +43,7 @@ def markdown(result: Result) -> str:
                 f"| {row['fraction_of_limit']:.2f} | {peak} | {row['gradient_error']:.0e} |"
             )
     note = (
-        "Limit: both models' logits read and the gradient written once, at the speed of a copy. "
+        "Limit: both models' logits read and the gradient written once, at the speed of the fastest copy in this run. "
         f"Peak: above the inputs. Medians of 3 × {result['rounds']} calls. {measured_on(result['environment'])}."
     )
     return "\n".join([*lines, "", note])
