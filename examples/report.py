@@ -62,7 +62,11 @@ class Results:
         for name, parameters, head, loss in models:
             difference = "" if loss == baseline else f"{loss - baseline:+.3f}"
             rows.append([name, f"{parameters:,}", f"{head:,}", f"{loss:.3f}", f"{math.exp(loss):.1f}", difference])
-        return f"Cross-entropy on {self.held_out_tokens:,} held-out tokens\n{table(rows)}"
+        share = self.student_parameters / self.teacher_parameters
+        title = (
+            f"Cross-entropy on {self.held_out_tokens:,} held-out tokens; students of {share:.1%} of the teacher's size"
+        )
+        return f"{title}\n{table(rows)}"
 
     def cost_table(self) -> str:
         rows = [["", "time: eager", "kdkernels", "ratio", "memory: eager", "kdkernels", "ratio"]]
