@@ -122,11 +122,11 @@ def distillation_loss(
     form_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     if inplace and form_gradient:
         _check_inplace(student_logits)
-    backend = backends.choose(student_logits.device)
+    backend = backends.choose(student_logits.device, student_logits.dtype, teacher.dtype)
     if backend == "reference":
         loss, stats = reference.loss_from(arguments)
     else:
-        loss, stats = _fused(arguments, backend, form_gradient, inplace)
+        loss, stats = _fused(arguments, backend if backends.asked() else backends.AUTO, form_gradient, inplace)
     return (loss, stats) if return_stats else loss
 
 

@@ -6,17 +6,14 @@ that forward formed by what comes in (``kdkernels::scale_rows``).
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import Library
 
-from kdkernels.backends import native
+from kdkernels import backends
 from kdkernels.backends.native import RowOptions
-
-_BACKENDS: dict[str, ModuleType] = {"native": native}
 
 _LIBRARY = Library("kdkernels", "DEF")
 _LIBRARY.define(
@@ -64,7 +61,6 @@ def _row_loss(
     form_gradient: bool,
     own_gradient: bool,  # the caller drops the third output, so that backward may scale it where it lies
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sweep = _BACKENDS[backend]
     options = RowOptions(
         divergence,
         tuple(parameters),
@@ -80,7 +76,8 @@ def _row_loss(
         scale_gradient=not scales_late(student),
     )
     loss, stats = _outputs(student, row_scale)
-    gradient = sweep.empty_gradient(student) if form_gradient else None
+    gradient = backends.sweep(backend, student.device).empty_gradient(student) if form_gradient else None
+    sweep = backends.sweep_for_rows(backend, student, teacher, gradient, options)
     sweep.row_loss(student, teacher, labels, row_scale, temperatures, options, gradient, loss, stats)
     return loss, stats, student.new_empty(0) if gradient is None else gradient
 
@@ -94,8 +91,9 @@ def _row_loss_fake(
 
 
 def _scale_rows(values: Tensor, factors: Tensor, backend: str) -> Tensor:
-    out = _BACKENDS[backend].empty_gradient(values)
-    _BACKENDS[backend].scale_rows(values, factors, out)
+    sweep = backends.sweep(backend, values.device)
+    out = sweep.empty_gradient(values)
+    sweep.scale_rows(values, factors, out)
     return out
 
 
@@ -122,7 +120,7 @@ def _scaled(gradient: Tensor, factors: Tensor, backend: str, *, own: bool) -> Te
     """gradient·factors: in the gradient's own memory where nothing else will read it, else in new memory."""
     eager = type(gradient) is Tensor and not torch.compiler.is_compiling()
     if own and eager and not torch._C._autograd._get_current_graph_task_keep_graph():
-        _BACKENDS[backend].scale_rows(gradient, factors, gradient)
+        backends.sweep(backend, gradient.device).scale_rows(gradient, factors, gradient)
         return gradient
     return torch.ops.kdkernels.scale_rows.default(gradient, factors, backend)
 
@@ -174,7 +172,8 @@ class InplaceRowLoss(torch.autograd.Function):
         options: RowOptions,
     ) -> tuple[Tensor, Tensor]:
         loss, stats = _outputs(student, row_scale)
-        _BACKENDS[backend].row_loss(student, teacher, labels, row_scale, temperatures, options, student, loss, stats)
+        sweep = backends.sweep_for_rows(backend, student, teacher, student, options)
+        sweep.row_loss(student, teacher, labels, row_scale, temperatures, options, student, loss, stats)
         # Whoever saved these logits for a backward of its own is told that they are gone.
         torch.autograd.graph.increment_version(student)
         ctx.save_for_backward(student, row_scale)

@@ -1,8 +1,9 @@
 """Who computes a sweep over rows, and how that is chosen.
 
-``native`` (C++: csrc) serves the CPU; ``reference`` (plain PyTorch) serves everything. The automatic choice takes the
-first of :data:`ORDER` that can serve the tensors at hand. A backend asked for by name, with :func:`use` or the
-environment variable ``KDKERNELS_BACKEND``, is never replaced: a call that it cannot serve is an error that says why.
+``native`` (csrc) serves the CPU and, built with nvcc, NVIDIA GPUs from compute capability 9.0 on; ``triton`` serves
+whatever Triton does; ``reference`` (plain PyTorch) serves everything. The automatic choice takes the first of
+:data:`ORDER` that can serve the tensors at hand. A backend asked for by name, with :func:`use` or the environment
+variable ``KDKERNELS_BACKEND``, is never replaced: a call that it cannot serve is an error that says why.
 """
 
 from __future__ import annotations
@@ -10,28 +11,31 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from kdkernels.backends import native
+from kdkernels.backends import native, triton
+from kdkernels.backends.native import RowOptions
 
 Name = Literal["reference", "native", "triton"]
 ORDER: tuple[str, ...] = ("native", "triton", "reference")
-NO_TRITON = "this version of kdkernels has no Triton kernels"
+AUTO = "auto"  # what an operator is told where no backend was asked for by name
 
+_SWEEPS: dict[str, ModuleType] = {"native": native, "triton": triton}
 _forced: str | None = None
 
 
 def why_not(name: str, device: torch.device | None = None) -> str | None:
     """Why a backend cannot serve tensors on ``device`` (None: on any device); None where it can."""
+    if name not in ORDER:
+        raise ValueError(f"unknown backend {name!r}; expected one of {', '.join(ORDER)}")
     if name == "reference":
         return None
-    if name == "triton":
-        return NO_TRITON
-    if name != "native":
-        raise ValueError(f"unknown backend {name!r}; expected one of {', '.join(ORDER)}")
-    return native.why_not(device)
+    reason: str | None = _SWEEPS[name].why_not(device)
+    return reason
 
 
 @contextmanager
@@ -53,18 +57,54 @@ def use(name: Name) -> Iterator[None]:
         _forced = before
 
 
-def choose(device: torch.device) -> str:
-    """The name of the backend that computes a loss on ``device``.
+def asked() -> str | None:
+    """The backend asked for by name, by :func:`use` or in the environment; None: the choice is automatic."""
+    return _forced or os.environ.get("KDKERNELS_BACKEND") or None
+
+
+def choose(device: torch.device, *dtypes: torch.dtype) -> str:
+    """The name of the backend that computes a loss on ``device`` from logits of these dtypes.
 
     Raises:
-        RuntimeError: a backend was asked for by name and cannot serve this device.
+        RuntimeError: a backend was asked for by name and cannot serve them.
     """
-    asked = _forced or os.environ.get("KDKERNELS_BACKEND")
-    if not asked:
+    double_on_gpu = device.type == "cuda" and torch.float64 in dtypes
+    name = asked()
+    if name is None:
+        if double_on_gpu:
+            return "reference"
         return next(name for name in ORDER if why_not(name, device) is None)
-    if asked not in ORDER:
-        raise RuntimeError(f"KDKERNELS_BACKEND is {asked!r}; expected one of {', '.join(ORDER)}")
-    reason = why_not(asked, device)
+    if name not in ORDER:
+        raise RuntimeError(f"KDKERNELS_BACKEND is {name!r}; expected one of {', '.join(ORDER)}")
+    reason = why_not(name, device)
+    if reason is None and double_on_gpu and name != "reference":
+        reason = "on a GPU the kernels compute in fp32; float64 is for the reference"
     if reason is not None:
-        raise RuntimeError(f"backend {asked!r} was asked for and cannot serve tensors on {device}: {reason}")
-    return asked
+        raise RuntimeError(f"backend {name!r} was asked for and cannot serve tensors on {device}: {reason}")
+    return name
+
+
+def sweep(backend: str, device: torch.device) -> ModuleType:
+    """The module of a backend's sweeps: of the one asked for, or for :data:`AUTO` the first that serves ``device``."""
+    if backend != AUTO:
+        return _SWEEPS[backend]
+    return _SWEEPS[next(name for name in _SWEEPS if why_not(name, device) is None)]
+
+
+def sweep_for_rows(
+    backend: str, student: Tensor, teacher: Tensor, gradient: Tensor | None, options: RowOptions
+) -> ModuleType:
+    """The module whose ``row_loss`` serves these very tensors.
+
+    Raises:
+        RuntimeError: none can, or the one asked for cannot.
+    """
+    reasons = []
+    for name in _SWEEPS if backend == AUTO else (backend,):
+        reason = why_not(name, student.device)
+        if reason is None:
+            reason = _SWEEPS[name].why_not_rows(student, teacher, gradient, options)
+        if reason is None:
+            return _SWEEPS[name]
+        reasons.append(f"backend {name!r} cannot serve this call: {reason}")
+    raise RuntimeError("; ".join(reasons) + "; kdkernels.backends.use('reference') can")

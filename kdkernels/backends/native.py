@@ -33,26 +33,6 @@ DIVERGENCE_IDS = {
 }
 
 
-def why_not(device: torch.device | None = None) -> str | None:
-    """Why the C++ kernels cannot serve tensors on ``device``; None where they can."""
-    if _kernels is None:
-        return f"the extension kdkernels._C is not built ({_import_error}); {BUILD_HINT}"
-    if device is not None and device.type != "cpu":
-        return f"this build has kernels for the CPU, not for {device.type}"
-    return None
-
-
-def capability() -> str:
-    """The instruction set the CPU kernels use: "baseline", "avx2" or "avx512"."""
-    return str(_built().cpu_capability())
-
-
-def _built() -> ModuleType:
-    if _kernels is None:
-        raise RuntimeError(why_not())
-    return _kernels
-
-
 @dataclass(frozen=True)
 class RowOptions:
     """What a row sweep is told beside its tensors; see csrc/rows.h."""
@@ -69,6 +49,31 @@ class RowOptions:
     teacher_logit_scale: float
     teacher_softcap: float
     scale_gradient: bool
+
+
+def why_not(device: torch.device | None = None) -> str | None:
+    """Why the C++ kernels cannot serve tensors on ``device``; None where they can."""
+    if _kernels is None:
+        return f"the extension kdkernels._C is not built ({_import_error}); {BUILD_HINT}"
+    if device is not None and device.type != "cpu":
+        return f"this build has kernels for the CPU, not for {device.type}"
+    return None
+
+
+def why_not_rows(student: Tensor, teacher: Tensor, gradient: Tensor | None, options: RowOptions) -> str | None:
+    """Why :func:`row_loss` cannot serve these tensors, on a device that it serves; None where it can."""
+    return None
+
+
+def capability() -> str:
+    """The instruction set the CPU kernels use: "baseline", "avx2" or "avx512"."""
+    return str(_built().cpu_capability())
+
+
+def _built() -> ModuleType:
+    if _kernels is None:
+        raise RuntimeError(why_not())
+    return _kernels
 
 
 def row_layout(logits: Tensor) -> tuple[list[int], list[int]]:
