@@ -1,13 +1,15 @@
-"""Builds kdkernels._C (C++20, pybind11) with ninja. Needs a C++ compiler and neither torch nor CUDA.
+"""Builds kdkernels._C (C++20, pybind11) with ninja. Needs a C++ compiler, and no torch; with nvcc, CUDA kernels too.
 
-A source listed in SOURCES becomes one object; the CPU kernels are compiled once per instruction set, and the library
-chooses at run time. Compiler and flags follow CXX and CXXFLAGS.
+The CPU kernels are compiled once per instruction set, and the library chooses at run time; the CUDA kernels once per
+dtype and divergence, for compute capability 9.0 and, through PTX, newer. Compilers and flags follow CXX, CXXFLAGS, NVCC
+and NVCCFLAGS; KDKERNELS_CUDA=0 leaves the CUDA kernels out.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +34,21 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 -Wno-maybe-uninitialized"
     )
 
+CUDA = "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden"
+CUDA_TARGETS = "-gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90"
+OLDEST_NVCC = (12, 0)
+CUDA_TYPES = {"float": "float32", "__nv_bfloat16": "bfloat16", "__half": "float16"}
+DIVERGENCES = (
+    "ForwardKL",
+    "ReverseKL",
+    "SymmetricKL",
+    "JensenShannon",
+    "SkewForwardKL",
+    "SkewReverseKL",
+    "TotalVariation",
+    "AlphaBeta",
+)
+
 Step = tuple[str, str, str]  # source, object, flags
 
 
@@ -42,9 +59,39 @@ def cpu_steps() -> list[Step]:
     return steps
 
 
-def binding_steps() -> list[Step]:
+def cuda_steps() -> list[Step]:
+    steps = [("csrc/cuda/rows.cu", "cuda_rows.o", "")]
+    for cuda_type, name in CUDA_TYPES.items():
+        for divergence in DIVERGENCES:
+            flags = f"-DKD_TYPE={cuda_type} -DKD_DIVERGENCE={divergence}"
+            steps.append(("csrc/cuda/kernel.cu", f"cuda_{name}_{divergence}.o", flags))
+    return steps
+
+
+def binding_steps(with_cuda: bool) -> list[Step]:
     includes = [pybind11.get_include(), sysconfig.get_path("include")]
-    return [("python/bindings.cpp", "bindings.o", " ".join(f"-isystem {path}" for path in includes))]
+    flags = [*(f"-isystem {path}" for path in includes), *(["-DKD_CUDA"] if with_cuda else [])]
+    return [("python/bindings.cpp", "bindings.o", " ".join(flags))]
+
+
+def find_nvcc() -> str | None:
+    """An nvcc that can build the CUDA kernels; None where there is none, or none is wanted."""
+    if os.environ.get("KDKERNELS_CUDA") == "0" or platform.system() != "Linux":
+        return None
+    folders = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)] + ["/usr/local/cuda"]
+    candidates = [os.environ.get("NVCC"), *(f"{folder}/bin/nvcc" for folder in folders), "nvcc"]
+    nvcc = next((found for name in candidates if name and (found := shutil.which(name))), None)
+    if nvcc is None:
+        print("kdkernels: no nvcc found: building without CUDA kernels (Triton serves GPUs)")
+        return None
+    version = re.search(
+        r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    )
+    if version is None or (int(version[1]), int(version[2])) < OLDEST_NVCC:
+        needed = ".".join(map(str, OLDEST_NVCC))
+        print(f"kdkernels: {nvcc} is older than {needed}: building without CUDA kernels (Triton serves GPUs)")
+        return None
+    return nvcc
 
 
 def supports(compiler: str, flag: str, folder: Path) -> bool:
@@ -61,17 +108,25 @@ def ninja_file(target: Path, folder: Path) -> str:
         raise SystemExit("kdkernels: no C++ compiler found; install one (g++ or clang++) or name it in CXX")
     # A binary without OpenMP works, on one thread.
     openmp = "-fopenmp" if supports(compiler, "-fopenmp", folder) else ""
-    link = "-undefined dynamic_lookup" if platform.system() == "Darwin" else ""
-    steps = cpu_steps() + binding_steps()
+    nvcc = find_nvcc()
+    link = f"$cxx -shared {openmp} {'-undefined dynamic_lookup' if platform.system() == 'Darwin' else ''} $in -o $out"
+    if nvcc:  # which knows where its run-time library lies; linked in, so that nothing of CUDA is needed to import
+        link = f"$nvcc -ccbin $cxx -shared -cudart static {f'-Xcompiler {openmp}' if openmp else ''} $in -o $out"
+    edges = [("cxx", step) for step in cpu_steps() + binding_steps(nvcc is not None)]
+    edges += [("nvcc", step) for step in (cuda_steps() if nvcc else [])]
     lines = [
         f"cxx = {compiler}",
+        f"nvcc = {nvcc}",
         f"flags = {COMMON} {openmp} {os.environ.get('CXXFLAGS', '')}",
+        f"cuda_flags = {CUDA} {CUDA_TARGETS} {os.environ.get('NVCCFLAGS', '')}",
         "rule cxx\n  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = $cxx -shared {openmp} {link} $in -o $out",
+        "rule nvcc\n  command = $nvcc -ccbin $cxx $cuda_flags $extra -MMD -MF $out.d -c $in -o $out\n"
+        "  depfile = $out.d\n  deps = gcc",
+        f"rule link\n  command = {link}",
     ]
-    for source, output, extra in steps:
-        lines.append(f"build {output}: cxx {ROOT / source}\n  extra = {extra}")
-    lines.append(f"build {target}: link {' '.join(output for _, output, _ in steps)}")
+    for rule, (source, output, extra) in edges:
+        lines.append(f"build {output}: {rule} {ROOT / source}\n  extra = {extra}")
+    lines.append(f"build {target}: link {' '.join(output for _, (_, output, _) in edges)}")
     return "\n".join(lines) + "\n"
 
 

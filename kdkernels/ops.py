@@ -77,8 +77,7 @@ def _row_loss(
     )
     loss, stats = _outputs(student, row_scale)
     gradient = backends.sweep(backend, student.device).empty_gradient(student) if form_gradient else None
-    sweep = backends.sweep_for_rows(backend, student, teacher, gradient, options)
-    sweep.row_loss(student, teacher, labels, row_scale, temperatures, options, gradient, loss, stats)
+    backends.row_loss(backend, student, teacher, labels, row_scale, temperatures, options, gradient, loss, stats)
     return loss, stats, student.new_empty(0) if gradient is None else gradient
 
 
@@ -172,8 +171,7 @@ class InplaceRowLoss(torch.autograd.Function):
         options: RowOptions,
     ) -> tuple[Tensor, Tensor]:
         loss, stats = _outputs(student, row_scale)
-        sweep = backends.sweep_for_rows(backend, student, teacher, student, options)
-        sweep.row_loss(student, teacher, labels, row_scale, temperatures, options, student, loss, stats)
+        backends.row_loss(backend, student, teacher, labels, row_scale, temperatures, options, student, loss, stats)
         # Whoever saved these logits for a backward of its own is told that they are gone.
         torch.autograd.graph.increment_version(student)
         ctx.save_for_backward(student, row_scale)

@@ -21,31 +21,34 @@ class Logits:
         softcap: float,
     ) -> None: ...
 
+class RowProblem:
+    def __init__(
+        self,
+        *,
+        student: Logits,
+        teacher: Logits,
+        rows: int,
+        vocab_size: int,
+        divergence: int,
+        parameters: Sequence[float],
+        kd_weight: float,
+        ce_weight: float,
+        scale_by_temperature: bool,
+        temperature: float,
+        temperatures: int,
+        labels: int,
+        row_scale: int,
+        scale_gradient: bool,
+        loss: int,
+        stats: int,
+        gradient: int,
+        gradient_sizes: Sequence[int],
+        gradient_strides: Sequence[int],
+    ) -> None: ...
+
 def cpu_capabilities() -> list[str]: ...
 def cpu_capability() -> str: ...
-def cpu_row_loss(
-    *,
-    student: Logits,
-    teacher: Logits,
-    rows: int,
-    vocab_size: int,
-    divergence: int,
-    parameters: Sequence[float],
-    kd_weight: float,
-    ce_weight: float,
-    scale_by_temperature: bool,
-    temperature: float,
-    temperatures: int,
-    labels: int,
-    row_scale: int,
-    scale_gradient: bool,
-    loss: int,
-    stats: int,
-    gradient: int,
-    gradient_sizes: Sequence[int],
-    gradient_strides: Sequence[int],
-    threads: int,
-) -> None: ...
+def cpu_row_loss(problem: RowProblem, *, threads: int) -> None: ...
 def cpu_scale_rows(
     *,
     inp: int,
@@ -59,3 +62,21 @@ def cpu_scale_rows(
     threads: int,
 ) -> None: ...
 def back_with_huge_pages(data: int, bytes: int, threads: int) -> None: ...
+
+# Built with nvcc only (cuda is True). plan: cluster, consumers, slot_columns, blocks_per_sm; empty: chosen there.
+def cuda_why_not(device: int) -> str: ...
+def cuda_why_not_rows(problem: RowProblem) -> str: ...
+def cuda_row_loss(problem: RowProblem, *, stream: int, plan: Sequence[int]) -> None: ...
+def cuda_scale_rows(
+    *,
+    inp: int,
+    out: int,
+    dtype: int,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    rows: int,
+    width: int,
+    factors: int,
+    factor_stride: int,
+    stream: int,
+) -> None: ...

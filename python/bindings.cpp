@@ -9,6 +9,9 @@
 #include <vector>
 
 #include "../csrc/cpu/rows.h"
+#ifdef KD_CUDA
+#include "../csrc/cuda/rows.h"
+#endif
 #include "../csrc/rows.h"
 
 namespace py = pybind11;
@@ -41,12 +44,12 @@ kd::Logits logits(std::uintptr_t data, int dtype, int64_t width, const std::vect
   return {pointer(data), dtype_from(dtype), width, layout(sizes, strides), {logit_scale, softcap}};
 }
 
-void cpu_row_loss(const kd::Logits& student, const kd::Logits& teacher, int64_t rows, int64_t vocab_size,
-                  int divergence, const std::vector<double>& parameters, double kd_weight, double ce_weight,
-                  bool scale_by_temperature, double temperature, std::uintptr_t temperatures, std::uintptr_t labels,
-                  std::uintptr_t row_scale, bool scale_gradient, std::uintptr_t loss, std::uintptr_t stats,
-                  std::uintptr_t gradient, const std::vector<int64_t>& gradient_sizes,
-                  const std::vector<int64_t>& gradient_strides, int threads) {
+kd::RowProblem row_problem(const kd::Logits& student, const kd::Logits& teacher, int64_t rows, int64_t vocab_size,
+                           int divergence, const std::vector<double>& parameters, double kd_weight, double ce_weight,
+                           bool scale_by_temperature, double temperature, std::uintptr_t temperatures,
+                           std::uintptr_t labels, std::uintptr_t row_scale, bool scale_gradient, std::uintptr_t loss,
+                           std::uintptr_t stats, std::uintptr_t gradient, const std::vector<int64_t>& gradient_sizes,
+                           const std::vector<int64_t>& gradient_strides) {
   if (parameters.size() > 2) throw std::invalid_argument("a divergence has up to 2 parameters");
   if (divergence < 0 || divergence > int(kd::DivergenceId::alpha_beta))
     throw std::invalid_argument("unknown divergence id " + std::to_string(divergence));
@@ -69,8 +72,12 @@ void cpu_row_loss(const kd::Logits& student, const kd::Logits& teacher, int64_t 
   p.stats = pointer(stats);
   p.gradient = pointer(gradient);
   p.gradient_rows = layout(gradient_sizes, gradient_strides);
+  return p;
+}
+
+void cpu_row_loss(const kd::RowProblem& problem, int threads) {
   py::gil_scoped_release release;
-  kd::cpu::row_loss(p, threads);
+  kd::cpu::row_loss(problem, threads);
 }
 
 void cpu_scale_rows(std::uintptr_t in, std::uintptr_t out, int dtype, const std::vector<int64_t>& sizes,
@@ -82,6 +89,24 @@ void cpu_scale_rows(std::uintptr_t in, std::uintptr_t out, int dtype, const std:
   kd::cpu::scale_rows(pointer(in), pointer(out), type, l, rows, width, pointer(factors), threads);
 }
 
+#ifdef KD_CUDA
+// plan: cluster, consumers, slot_columns, blocks_per_sm; empty: the library's choice.
+void cuda_row_loss(const kd::RowProblem& problem, std::uintptr_t stream, const std::vector<int>& plan) {
+  if (!plan.empty() && plan.size() != 4) throw std::invalid_argument("a plan has 4 numbers");
+  py::gil_scoped_release release;
+  const kd::cuda::Plan chosen =
+      plan.empty() ? kd::cuda::plan(problem) : kd::cuda::Plan{plan[0], plan[1], plan[2], plan[3]};
+  kd::cuda::row_loss(problem, chosen, pointer(stream));
+}
+
+void cuda_scale_rows(std::uintptr_t in, std::uintptr_t out, int dtype, const std::vector<int64_t>& sizes,
+                     const std::vector<int64_t>& strides, int64_t rows, int64_t width, std::uintptr_t factors,
+                     int64_t factor_stride, std::uintptr_t stream) {
+  kd::cuda::scale_rows(pointer(in), pointer(out), dtype_from(dtype), layout(sizes, strides), rows, width,
+                       pointer<const float>(factors), factor_stride, pointer(stream));
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -90,14 +115,26 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&logits), py::kw_only(), py::arg("data"), py::arg("dtype"), py::arg("width"), py::arg("sizes"),
            py::arg("strides"), py::arg("logit_scale"), py::arg("softcap"));
   m.attr("max_row_dims") = py::int_(int(kd::RowLayout::max_dims));
+  py::class_<kd::RowProblem>(m, "RowProblem")
+      .def(py::init(&row_problem), py::kw_only(), py::arg("student"), py::arg("teacher"), py::arg("rows"),
+           py::arg("vocab_size"), py::arg("divergence"), py::arg("parameters"), py::arg("kd_weight"),
+           py::arg("ce_weight"), py::arg("scale_by_temperature"), py::arg("temperature"), py::arg("temperatures"),
+           py::arg("labels"), py::arg("row_scale"), py::arg("scale_gradient"), py::arg("loss"), py::arg("stats"),
+           py::arg("gradient"), py::arg("gradient_sizes"), py::arg("gradient_strides"));
+#ifdef KD_CUDA
+  m.attr("cuda") = py::bool_(true);
+  m.def("cuda_why_not", &kd::cuda::why_not, py::arg("device"));
+  m.def("cuda_why_not_rows", &kd::cuda::why_not_rows, py::arg("problem"));
+  m.def("cuda_row_loss", &cuda_row_loss, py::arg("problem"), py::kw_only(), py::arg("stream"), py::arg("plan"));
+  m.def("cuda_scale_rows", &cuda_scale_rows, py::kw_only(), py::arg("inp"), py::arg("out"), py::arg("dtype"),
+        py::arg("sizes"), py::arg("strides"), py::arg("rows"), py::arg("width"), py::arg("factors"),
+        py::arg("factor_stride"), py::arg("stream"));
+#else
   m.attr("cuda") = py::bool_(false);
+#endif
   m.def("cpu_capabilities", &kd::cpu::capabilities);
   m.def("cpu_capability", &kd::cpu::capability);
-  m.def("cpu_row_loss", &cpu_row_loss, py::kw_only(), py::arg("student"), py::arg("teacher"), py::arg("rows"),
-        py::arg("vocab_size"), py::arg("divergence"), py::arg("parameters"), py::arg("kd_weight"),
-        py::arg("ce_weight"), py::arg("scale_by_temperature"), py::arg("temperature"), py::arg("temperatures"),
-        py::arg("labels"), py::arg("row_scale"), py::arg("scale_gradient"), py::arg("loss"), py::arg("stats"),
-        py::arg("gradient"), py::arg("gradient_sizes"), py::arg("gradient_strides"), py::arg("threads"));
+  m.def("cpu_row_loss", &cpu_row_loss, py::arg("problem"), py::kw_only(), py::arg("threads"));
   m.def("cpu_scale_rows", &cpu_scale_rows, py::kw_only(), py::arg("inp"), py::arg("out"), py::arg("dtype"),
         py::arg("sizes"), py::arg("strides"), py::arg("rows"), py::arg("width"), py::arg("factors"),
         py::arg("threads"));

@@ -18,7 +18,7 @@ template <class Math>
 struct ForwardKL {
   using V = typename Math::V;
   static constexpr bool slopes_sum_to_zero = true;
-  ForwardKL(const double*, const RowConstants<Math>&) {}
+  KD_INLINE ForwardKL(const double*, const RowConstants<Math>&) {}
   // p·d - p + q
   KD_INLINE V value(const Column<Math>& c) const {
     const V student_zero = c.phi;  // +inf where the student gives no mass to what the teacher does
@@ -34,7 +34,7 @@ template <class Math>
 struct ReverseKL {
   using V = typename Math::V;
   static constexpr bool slopes_sum_to_zero = false;
-  ReverseKL(const double*, const RowConstants<Math>&) {}
+  KD_INLINE ReverseKL(const double*, const RowConstants<Math>&) {}
   // -q·d - q + p
   KD_INLINE V value(const Column<Math>& c) const {
     const V by_student = Math::select(Math::is_infinite(c.phi), c.phi, c.larger * c.phi);
@@ -52,7 +52,7 @@ struct SymmetricKL {
   ForwardKL<Math> forward;
   ReverseKL<Math> reverse;
   V forward_weight, reverse_weight;
-  SymmetricKL(const double* p, const RowConstants<Math>& row)
+  KD_INLINE SymmetricKL(const double* p, const RowConstants<Math>& row)
       : forward(p, row), reverse(p, row), forward_weight(Math::set(1 - p[0])), reverse_weight(Math::set(p[0])) {}
   KD_INLINE V value(const Column<Math>& c) const {
     return forward_weight * forward.value(c) + reverse_weight * reverse.value(c);
@@ -70,7 +70,7 @@ struct SkewForwardKL {
   using V = typename Math::V;
   static constexpr bool slopes_sum_to_zero = false;
   V lam, rest;
-  SkewForwardKL(const double* p, const RowConstants<Math>&) : lam(Math::set(p[0])), rest(Math::set(1 - p[0])) {}
+  KD_INLINE SkewForwardKL(const double* p, const RowConstants<Math>&) : lam(Math::set(p[0])), rest(Math::set(1 - p[0])) {}
   KD_INLINE V mixture(const Column<Math>& c) const { return Math::select(c.teacher_larger, rest, lam) * c.em; }
   // p·log(p/M) - p + M, with chi(w) = w - log(1 + w)
   KD_INLINE V value(const Column<Math>& c) const {
@@ -92,7 +92,7 @@ struct SkewReverseKL {
   using V = typename Math::V;
   static constexpr bool slopes_sum_to_zero = false;
   V lam, rest;
-  SkewReverseKL(const double* p, const RowConstants<Math>&) : lam(Math::set(p[0])), rest(Math::set(1 - p[0])) {}
+  KD_INLINE SkewReverseKL(const double* p, const RowConstants<Math>&) : lam(Math::set(p[0])), rest(Math::set(1 - p[0])) {}
   KD_INLINE V mixture(const Column<Math>& c) const { return Math::select(c.teacher_larger, lam, rest) * c.em; }
   // q·log(q/M) - q + M
   KD_INLINE V value(const Column<Math>& c) const {
@@ -118,7 +118,7 @@ struct JensenShannon {
   using V = typename Math::V;
   static constexpr bool slopes_sum_to_zero = false;
   V beta, rest;
-  JensenShannon(const double* p, const RowConstants<Math>&) : beta(Math::set(p[0])), rest(Math::set(1 - p[0])) {}
+  KD_INLINE JensenShannon(const double* p, const RowConstants<Math>&) : beta(Math::set(p[0])), rest(Math::set(1 - p[0])) {}
   // The larger side has weight a in M, the smaller one b, so M = larger·(1 + w) with w = b·em. Per unit of larger:
   // b·(smaller's KL term) + a·(larger's) = b·(psi + chi - em·log1p) + a·chi
   KD_INLINE V value(const Column<Math>& c) const {
@@ -142,7 +142,7 @@ template <class Math>
 struct TotalVariation {
   using V = typename Math::V;
   static constexpr bool slopes_sum_to_zero = false;
-  TotalVariation(const double*, const RowConstants<Math>&) {}
+  KD_INLINE TotalVariation(const double*, const RowConstants<Math>&) {}
   KD_INLINE V value(const Column<Math>& c) const { return Math::set(-0.5) * c.larger * c.em; }
   KD_INLINE V derivative(const Column<Math>& c) const {
     const V half = Math::set(0.5), none = Math::set(0);
@@ -160,7 +160,7 @@ struct AlphaBeta {
   double a, b, c;
   V inv_temperature;
   V student_power, teacher_power;  // log of the sums to the power -(a + b)
-  AlphaBeta(const double* p, const RowConstants<Math>& row)
+  KD_INLINE AlphaBeta(const double* p, const RowConstants<Math>& row)
       : a(p[0]), b(p[1]), c(p[0] + p[1]), inv_temperature(row.inv_temperature),
         student_power(-Math::set(c) * row.log_student_sum), teacher_power(-Math::set(c) * row.log_teacher_sum) {}
 

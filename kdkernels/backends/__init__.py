@@ -91,10 +91,19 @@ def sweep(backend: str, device: torch.device) -> ModuleType:
     return _SWEEPS[next(name for name in _SWEEPS if why_not(name, device) is None)]
 
 
-def sweep_for_rows(
-    backend: str, student: Tensor, teacher: Tensor, gradient: Tensor | None, options: RowOptions
-) -> ModuleType:
-    """The module whose ``row_loss`` serves these very tensors.
+def row_loss(
+    backend: str,
+    student: Tensor,  # (..., V_s)
+    teacher: Tensor,  # (..., V_t)
+    labels: Tensor | None,  # (...)
+    row_scale: Tensor,  # (...)
+    temperatures: Tensor | None,  # (...)
+    options: RowOptions,
+    gradient: Tensor | None,  # (..., V_s), written
+    loss: Tensor,  # (...), written
+    stats: Tensor,  # (4, ...), written
+) -> None:
+    """The row sweep, by the backend asked for, or for :data:`AUTO` by the first that can serve these very tensors.
 
     Raises:
         RuntimeError: none can, or the one asked for cannot.
@@ -103,8 +112,10 @@ def sweep_for_rows(
     for name in _SWEEPS if backend == AUTO else (backend,):
         reason = why_not(name, student.device)
         if reason is None:
-            reason = _SWEEPS[name].why_not_rows(student, teacher, gradient, options)
+            reason = _SWEEPS[name].row_loss(
+                student, teacher, labels, row_scale, temperatures, options, gradient, loss, stats
+            )
         if reason is None:
-            return _SWEEPS[name]
+            return
         reasons.append(f"backend {name!r} cannot serve this call: {reason}")
-    raise RuntimeError("; ".join(reasons) + "; kdkernels.backends.use('reference') can")
+    raise RuntimeError("; ".join(reasons) + '; kdkernels.backends.use("reference") can')

@@ -1,10 +1,12 @@
-"""The C++ kernels (csrc, built as kdkernels._C): torch tensors to addresses, strides and threads."""
+"""The C++ and CUDA kernels (csrc, built as kdkernels._C): torch tensors to addresses, strides, threads and streams."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ try:
 except ImportError as error:
     _kernels = None
     _import_error = str(error)
+
+# The plan of the CUDA kernels (csrc/cuda/rows.h): cluster, consumers, slot_columns, blocks_per_sm; empty: chosen there.
+cuda_plan: list[int] = []
 
 BUILD_HINT = "build it with `pip install -e .` (needs a C++20 compiler) in a checkout of kdkernels"
 
@@ -52,17 +57,21 @@ class RowOptions:
 
 
 def why_not(device: torch.device | None = None) -> str | None:
-    """Why the C++ kernels cannot serve tensors on ``device``; None where they can."""
+    """Why the kernels cannot serve tensors on ``device``; None where they can."""
     if _kernels is None:
         return f"the extension kdkernels._C is not built ({_import_error}); {BUILD_HINT}"
-    if device is not None and device.type != "cpu":
-        return f"this build has kernels for the CPU, not for {device.type}"
-    return None
+    if device is None or device.type == "cpu":
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the C++ kernels serve the CPU and NVIDIA GPUs, not {device.type}"
+    if not _kernels.cuda:
+        return "this build has kernels for the CPU only: no nvcc was found when it was built"
+    return _cuda_why_not(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def why_not_rows(student: Tensor, teacher: Tensor, gradient: Tensor | None, options: RowOptions) -> str | None:
-    """Why :func:`row_loss` cannot serve these tensors, on a device that it serves; None where it can."""
-    return None
+@functools.cache
+def _cuda_why_not(device: int) -> str | None:
+    return str(_built().cuda_why_not(device)) or None
 
 
 def capability() -> str:
@@ -99,6 +108,8 @@ def _address(tensor: Tensor | None) -> int:
 def empty_gradient(student: Tensor) -> Tensor:
     """Uninitialised memory for a gradient of the student's logits, contiguous."""
     gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+    if student.device.type != "cpu":
+        return gradient
     _built().back_with_huge_pages(
         gradient.data_ptr(), gradient.numel() * gradient.element_size(), torch.get_num_threads()
     )
@@ -108,6 +119,19 @@ def empty_gradient(student: Tensor) -> Tensor:
 def _few_dims(logits: Tensor) -> Tensor:
     # More runs of rows than csrc counts do not occur in practice; correct all the same, at the price of a copy.
     return logits if len(row_layout(logits)[0]) <= _built().max_row_dims else logits.contiguous()
+
+
+def _logits(kernels: ModuleType, logits: Tensor, logit_scale: float, softcap: float) -> Any:
+    sizes, strides = row_layout(logits)
+    return kernels.Logits(
+        data=logits.data_ptr(),
+        dtype=DTYPE_CODES[logits.dtype],
+        width=logits.shape[-1],
+        sizes=sizes,
+        strides=strides,
+        logit_scale=logit_scale,
+        softcap=softcap,
+    )
 
 
 def row_loss(
@@ -120,35 +144,22 @@ def row_loss(
     gradient: Tensor | None,  # (..., V_s), written; may be the student itself
     loss: Tensor,  # (...) as row_scale, written
     stats: Tensor,  # (4, ...) as row_scale, written
-) -> None:
-    """Loss, statistics and (where asked for) gradient of every row, written to the last three arguments."""
+) -> str | None:
+    """Loss, statistics and (where asked for) gradient of every row, written to the last three arguments.
+
+    Returns:
+        None; or, with nothing written, why these tensors cannot be served.
+    """
     kernels = _built()
     given, student, teacher = student, _few_dims(student), _few_dims(teacher)
     target = student if gradient is given else gradient
     labels = None if labels is None else labels.contiguous()
     row_scale = row_scale.contiguous()
     temperatures = None if temperatures is None else temperatures.contiguous()
-    sizes, strides = row_layout(student)
-    teacher_sizes, teacher_strides = row_layout(teacher)
-    kernels.cpu_row_loss(
-        student=kernels.Logits(
-            data=student.data_ptr(),
-            dtype=DTYPE_CODES[student.dtype],
-            width=student.shape[-1],
-            sizes=sizes,
-            strides=strides,
-            logit_scale=options.student_logit_scale,
-            softcap=options.student_softcap,
-        ),
-        teacher=kernels.Logits(
-            data=teacher.data_ptr(),
-            dtype=DTYPE_CODES[teacher.dtype],
-            width=teacher.shape[-1],
-            sizes=teacher_sizes,
-            strides=teacher_strides,
-            logit_scale=options.teacher_logit_scale,
-            softcap=options.teacher_softcap,
-        ),
+    gradient_sizes, gradient_strides = ([], []) if target is None else row_layout(target)
+    problem = kernels.RowProblem(
+        student=_logits(kernels, student, options.student_logit_scale, options.student_softcap),
+        teacher=_logits(kernels, teacher, options.teacher_logit_scale, options.teacher_softcap),
         rows=row_scale.numel(),
         vocab_size=options.vocab_size,
         divergence=DIVERGENCE_IDS[options.divergence],
@@ -164,12 +175,21 @@ def row_loss(
         loss=loss.data_ptr(),
         stats=stats.data_ptr(),
         gradient=_address(target),
-        gradient_sizes=[] if target is None else row_layout(target)[0],
-        gradient_strides=[] if target is None else row_layout(target)[1],
-        threads=torch.get_num_threads(),
+        gradient_sizes=gradient_sizes,
+        gradient_strides=gradient_strides,
     )
+    if student.device.type == "cuda":
+        with torch.cuda.device(student.device):
+            reason = str(kernels.cuda_why_not_rows(problem))
+            if reason:
+                return reason
+            stream = torch.cuda.current_stream().cuda_stream
+            kernels.cuda_row_loss(problem, stream=stream, plan=cuda_plan)
+    else:
+        kernels.cpu_row_loss(problem, threads=torch.get_num_threads())
     if gradient is given and student is not given:
         given.copy_(student)
+    return None
 
 
 def scale_rows(
@@ -182,15 +202,25 @@ def scale_rows(
     if len(sizes) > _built().max_row_dims:
         out.copy_(values * factors.unsqueeze(-1))
         return
-    factors = factors.contiguous()
-    _built().cpu_scale_rows(
-        inp=values.data_ptr(),
-        out=out.data_ptr(),
-        dtype=DTYPE_CODES[values.dtype],
-        sizes=sizes,
-        strides=strides,
-        rows=factors.numel(),
-        width=values.shape[-1],
-        factors=factors.data_ptr(),
-        threads=torch.get_num_threads(),
-    )
+    call = {
+        "inp": values.data_ptr(),
+        "out": out.data_ptr(),
+        "dtype": DTYPE_CODES[values.dtype],
+        "sizes": sizes,
+        "strides": strides,
+        "rows": factors.numel(),
+        "width": values.shape[-1],
+    }
+    if values.device.type == "cuda":
+        one_for_all = all(
+            stride == 0 or size == 1 for size, stride in zip(factors.shape, factors.stride(), strict=True)
+        )
+        factors = factors if one_for_all else factors.contiguous()
+        with torch.cuda.device(values.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            _built().cuda_scale_rows(
+                **call, factors=factors.data_ptr(), factor_stride=0 if one_for_all else 1, stream=stream
+            )
+    else:
+        factors = factors.contiguous()
+        _built().cpu_scale_rows(**call, factors=factors.data_ptr(), threads=torch.get_num_threads())

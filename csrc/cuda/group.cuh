@@ -1,0 +1,62 @@
+// Sixteen bytes of a row at a time: G columns, as floats.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace kdkernels::cuda {
+
+template <class T>
+constexpr int kGroup = 16 / sizeof(T);
+
+__device__ __forceinline__ void widen(const float* p, float (&x)[4]) {
+  const float4 v = *reinterpret_cast<const float4*>(p);
+  x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+}
+__device__ __forceinline__ void widen(const __nv_bfloat16* p, float (&x)[8]) {
+  const uint4 v = *reinterpret_cast<const uint4*>(p);
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    x[2 * i] = __uint_as_float(words[i] << 16);
+    x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+  }
+}
+__device__ __forceinline__ void widen(const __half* p, float (&x)[8]) {
+  const uint4 v = *reinterpret_cast<const uint4*>(p);
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float2 pair = __half22float2(reinterpret_cast<const __half2&>(words[i]));
+    x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ T narrow(float x);
+template <>
+__device__ __forceinline__ float narrow<float>(float x) { return x; }
+template <>
+__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+template <>
+__device__ __forceinline__ __half narrow<__half>(float x) { return __float2half_rn(x); }
+
+// Streaming stores: nothing here reads the gradient again.
+__device__ __forceinline__ void store(float* p, const float (&g)[4]) {
+  __stcs(reinterpret_cast<float4*>(p), make_float4(g[0], g[1], g[2], g[3]));
+}
+__device__ __forceinline__ void store(__nv_bfloat16* p, const float (&g)[8]) {
+  __nv_bfloat162 h[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) h[i] = __floats2bfloat162_rn(g[2 * i], g[2 * i + 1]);
+  __stcs(reinterpret_cast<uint4*>(p), *reinterpret_cast<const uint4*>(h));
+}
+__device__ __forceinline__ void store(__half* p, const float (&g)[8]) {
+  __half2 h[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) h[i] = __floats2half2_rn(g[2 * i], g[2 * i + 1]);
+  __stcs(reinterpret_cast<uint4*>(p), *reinterpret_cast<const uint4*>(h));
+}
+
+}  // namespace kdkernels::cuda

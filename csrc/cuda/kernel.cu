@@ -1,0 +1,50 @@
+// The row kernel for one dtype and one divergence: KD_TYPE and KD_DIVERGENCE name them.
+#include "kernel.h"
+
+#include "sweep.cuh"
+
+namespace kdkernels::cuda {
+
+// consumers + 32 threads; the last warp copies. The bound leaves 112 registers a thread, so that two blocks of 256
+// consumers fit a multiprocessor.
+template <class T, template <class> class Divergence>
+__global__ void __launch_bounds__(kMaxConsumers + 64, 1) row_cluster(const __grid_constant__ ClusterProblem problem) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ __align__(8) uint64_t full[kMaxSlots], empty[kMaxSlots], exchanged[2];
+  const int blocks = int(cluster_size()), rank = int(cluster_rank());
+  const int warps = int(blockDim.x) / 32 - 1, warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  const uint32_t first_row = blockIdx.x / blocks, row_step = gridDim.x / blocks;
+
+  Ring<T> ring;
+  ring.slots = reinterpret_cast<T*>(shared);
+  ring.full = shared_address(full), ring.empty = shared_address(empty);
+  ring.slot_columns = problem.slot_columns, ring.count = problem.slots;
+  Exchange exchange;
+  exchange.entries = reinterpret_cast<float*>(ring.student(ring.count));
+  exchange.barrier = shared_address(exchanged);
+  exchange.blocks = blocks, exchange.warps = warps, exchange.rank = rank, exchange.warp = warp, exchange.lane = lane;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < ring.count; i++) barrier_init(ring.full_barrier(i), 1), barrier_init(ring.empty_barrier(i), warps);
+    barrier_init(exchange.barrier, 1), barrier_init(exchange.barrier + 8, 1);
+    barrier_init_fence();
+  }
+  __syncthreads();
+  cluster_sync();
+  if (warp == warps) {
+    if (lane == 0) ring.produce(problem, first_row, row_step, rank * problem.share);
+    __syncwarp();
+  } else {
+    RowSweep<T, Divergence>(problem, ring, exchange).consume(first_row, row_step);
+  }
+  cluster_sync();  // no block leaves while another may still store into it
+}
+
+template <class T, template <class> class Divergence>
+const void* row_kernel() {
+  return reinterpret_cast<const void*>(&row_cluster<T, Divergence>);
+}
+
+template const void* row_kernel<KD_TYPE, KD_DIVERGENCE>();
+
+}  // namespace kdkernels::cuda

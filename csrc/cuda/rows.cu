@@ -1,0 +1,278 @@
+#include "rows.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <tuple>
+
+#include "exchange.cuh"
+#include "kernel.h"
+#include "ring.cuh"
+
+namespace kdkernels::cuda {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+struct Device {
+  int number = 0, major = 0, multiprocessors = 0, shared_per_block = 0, shared_per_sm = 0, reserved = 0;
+};
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "kdkernels: cudaDeviceGetAttribute");
+  return value;
+}
+
+Device device_info(int number) {
+  static std::mutex mutex;
+  static std::map<int, Device> known;
+  const std::lock_guard lock(mutex);
+  auto found = known.find(number);
+  if (found == known.end()) {
+    Device d;
+    d.number = number;
+    d.major = attribute(cudaDevAttrComputeCapabilityMajor, number);
+    d.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, number);
+    d.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, number);
+    d.shared_per_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, number);
+    d.reserved = attribute(cudaDevAttrReservedSharedMemoryPerBlock, number);
+    found = known.emplace(number, d).first;
+  }
+  return found->second;
+}
+
+Device current_device() {
+  int number = 0;
+  check(cudaGetDevice(&number), "kdkernels: cudaGetDevice");
+  return device_info(number);
+}
+
+template <class T, template <class> class... Ds>
+const void* kernel_of(DivergenceList<Ds...>, int divergence) {
+  static const void* (*const by_id[])() = {&row_kernel<T, Ds>...};
+  return by_id[divergence]();
+}
+
+const void* kernel_of(DType dtype, int divergence) {
+  switch (dtype) {
+    case DType::bfloat16: return kernel_of<__nv_bfloat16>(AllDivergences{}, divergence);
+    case DType::float16: return kernel_of<__half>(AllDivergences{}, divergence);
+    default: return kernel_of<float>(AllDivergences{}, divergence);
+  }
+}
+
+int group(const RowProblem& p) { return int(16 / bytes_per_element(p.student.dtype)); }
+
+// Columns of a block's share, counted from the 16-byte boundary before the row.
+int64_t share(const RowProblem& p, int cluster) {
+  const int64_t g = group(p), columns = p.vocab_size + g - 1;
+  return ((columns + cluster - 1) / cluster + g - 1) / g * g;
+}
+
+constexpr int kStaticShared = 2048;  // the barriers, with room
+
+int slots(const Device& d, const RowProblem& p, const Plan& plan) {
+  const int64_t per_block = std::min<int64_t>(d.shared_per_block, d.shared_per_sm / plan.blocks_per_sm - d.reserved);
+  const int64_t room = per_block - kStaticShared - int64_t(Exchange::bytes(plan.cluster, plan.consumers / 32));
+  const int64_t slot = 2 * plan.slot_columns * bytes_per_element(p.student.dtype);
+  return int(std::clamp<int64_t>(room / slot, 0, kMaxSlots));
+}
+
+bool fits(const Device& d, const RowProblem& p, const Plan& plan) {
+  return share(p, plan.cluster) <= int64_t(slots(d, p, plan)) * plan.slot_columns;
+}
+
+bool has_gradient(const RowProblem& p) { return p.gradient != nullptr; }
+
+// One past the last element of a tensor whose strides are not negative.
+const void* end_of(const Logits& logits) {
+  int64_t last = logits.width;
+  for (int i = 0; i < logits.rows.dims; i++) last += (logits.rows.size[i] - 1) * logits.rows.stride[i];
+  return static_cast<const char*>(logits.data) + last * bytes_per_element(logits.dtype);
+}
+
+// Rows lie alike within 16 bytes: the offset of each row from a 16-byte boundary, as far as it can be told.
+struct Alignment {
+  int64_t base;
+  int dims;
+  int64_t size[RowLayout::max_dims], stride[RowLayout::max_dims];
+  bool constant;  // the same for every row
+};
+
+Alignment alignment(const void* data, const RowLayout& rows, int64_t bytes) {
+  const int64_t g = 16 / bytes;
+  Alignment a{int64_t(reinterpret_cast<uintptr_t>(data) / uintptr_t(bytes)) % g, rows.dims, {}, {}, true};
+  for (int i = 0; i < rows.dims; i++) {
+    a.size[i] = rows.size[i], a.stride[i] = rows.stride[i] % g;
+    a.constant = a.constant && a.stride[i] == 0;
+  }
+  return a;
+}
+
+bool alike(const Alignment& a, const Alignment& b) {
+  if (a.base != b.base) return false;
+  if (a.constant && b.constant) return true;
+  return a.dims == b.dims && std::equal(a.size, a.size + a.dims, b.size) &&
+         std::equal(a.stride, a.stride + a.dims, b.stride);
+}
+
+}  // namespace
+
+std::string why_not(int device) {
+  const int major = device_info(device).major;
+  if (major >= 9) return "";
+  return "the CUDA kernels need compute capability 9.0 or newer, this device has " + std::to_string(major) + "." +
+         std::to_string(attribute(cudaDevAttrComputeCapabilityMinor, device));
+}
+
+std::string why_not_rows(const RowProblem& p) {
+  if (p.student.dtype != p.teacher.dtype) return "student and teacher logits differ in dtype";
+  if (p.student.dtype == DType::float64) return "float64 logits";
+  if (!p.student.transform.identity() || !p.teacher.transform.identity()) return "logit scales and softcaps";
+  if (p.rows >= int64_t(1) << 31 || p.student.width >= int64_t(1) << 30) return "2^31 rows or 2^30 columns and more";
+  const int64_t bytes = bytes_per_element(p.student.dtype);
+  const Alignment student = alignment(p.student.data, p.student.rows, bytes);
+  if (!alike(student, alignment(p.teacher.data, p.teacher.rows, bytes)) ||
+      (has_gradient(p) && !alike(student, alignment(p.gradient, p.gradient_rows, bytes))))
+    return "rows of student, teacher and gradient lie differently within 16 bytes";
+  if (plan(p).cluster == 0)
+    return "a vocabulary of " + std::to_string(p.vocab_size) + " does not fit the shared memory of a cluster";
+  return "";
+}
+
+Plan plan(const RowProblem& p) {
+  const Device d = current_device();
+  const bool wide = bytes_per_element(p.student.dtype) == 4;
+  struct Shape {
+    int64_t up_to;  // columns of a row
+    int consumers, slot_columns, blocks_per_sm;
+  };
+  // To be measured.
+  static constexpr Shape narrow_shapes[] = {{1024, 128, 1024, 3}, {8192, 128, 2048, 3}, {16384, 256, 4096, 2}, {INT64_MAX, 512, 8192, 1}};
+  static constexpr Shape wide_shapes[] = {{512, 128, 512, 3}, {4096, 128, 1024, 3}, {8192, 256, 2048, 2}, {INT64_MAX, 512, 4096, 1}};
+  const Shape* shape = wide ? wide_shapes : narrow_shapes;
+  while (p.vocab_size > shape->up_to) shape++;
+  Plan plan{0, shape->consumers, shape->slot_columns, shape->blocks_per_sm};
+  // The smallest cluster that holds a row; a larger one where rows are too few to fill the chip.
+  for (int cluster = 1; cluster <= 16; cluster *= 2) {
+    Plan wider = plan;
+    wider.cluster = cluster;
+    if (!fits(d, p, wider)) continue;
+    if (plan.cluster == 0 || (p.rows * cluster <= d.multiprocessors && share(p, cluster) >= 2048)) plan.cluster = cluster;
+  }
+  return plan;
+}
+
+void row_loss(const RowProblem& p, const Plan& plan, void* stream) {
+  if (p.rows == 0) return;
+  const Device d = current_device();
+  if (plan.cluster < 1 || plan.cluster > 16 || plan.consumers % 32 || plan.consumers < 32 ||
+      plan.consumers > kMaxConsumers || plan.slot_columns < plan.consumers * group(p) || !fits(d, p, plan))
+    throw std::invalid_argument("kdkernels: this problem does not fit the plan asked for");
+  ClusterProblem problem{p, end_of(p.student), end_of(p.teacher), int(share(p, plan.cluster)), plan.slot_columns,
+                         slots(d, p, plan)};
+  const void* kernel = kernel_of(p.student.dtype, p.divergence);
+  const int64_t slot_bytes = 2 * plan.slot_columns * bytes_per_element(p.student.dtype);
+
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {unsigned(plan.cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.blockDim = dim3(unsigned(plan.consumers) + 32);
+  config.gridDim = dim3(unsigned(plan.cluster));
+  config.dynamicSmemBytes = size_t(problem.slots * slot_bytes) + Exchange::bytes(plan.cluster, plan.consumers / 32);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+
+  // As many clusters as the chip holds at once; asked once for each kind of launch.
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const void*, int, int, size_t>, int> known;
+  int resident = 0;
+  {
+    const std::lock_guard lock(mutex);
+    auto& entry = known[{d.number, kernel, plan.cluster, plan.consumers, config.dynamicSmemBytes}];
+    if (entry == 0) {
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared_per_block - kStaticShared),
+            "kdkernels: shared memory");
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "kdkernels: cluster size");
+      check(cudaOccupancyMaxActiveClusters(&entry, kernel, &config), "kdkernels: occupancy");
+      if (entry < 1) throw std::runtime_error("kdkernels: no cluster of this size fits the device");
+    }
+    resident = entry;
+  }
+  config.gridDim = dim3(unsigned(plan.cluster * std::min<int64_t>(resident, p.rows)));
+  void* arguments[] = {&problem};
+  check(cudaLaunchKernelExC(&config, kernel, arguments), "kdkernels: launching the row sweep");
+}
+
+namespace {
+
+// A block takes a run of rows; most often every factor is 1 and it leaves after one look at them.
+template <class T>
+__global__ void __launch_bounds__(256) scale_rows_kernel(const T* in, T* out, RowLayout layout, int64_t rows, int64_t width,
+                                                         const float* factors, int64_t factor_stride, int rows_per_block) {
+  const int64_t first = int64_t(blockIdx.x) * rows_per_block, last = min(rows, first + rows_per_block);
+  if (in == out) {
+    bool work = false;
+    if (factor_stride == 0)
+      work = factors[0] != 1;
+    else
+      for (int64_t row = first + threadIdx.x; row < last; row += blockDim.x) work |= factors[row * factor_stride] != 1;
+    if (!__syncthreads_or(work)) return;
+  }
+  constexpr int G = kGroup<T>;
+  for (int64_t row = first; row < last; row++) {
+    const float factor = factors[row * factor_stride];
+    if (factor == 1 && in == out) continue;
+    const int64_t at = row_offset(layout, uint32_t(row));
+    const T* from = in + at;
+    T* to = out + at;
+    const int phase = phase_of(from);
+    const bool together = phase == phase_of(to);
+    for (int64_t j = int64_t(threadIdx.x) * G - phase; j < width; j += int64_t(blockDim.x) * G) {
+      if (together && j >= 0 && j + G <= width) {
+        float x[G];
+        widen(from + j, x);
+#pragma unroll
+        for (int i = 0; i < G; i++) x[i] *= factor;
+        store(to + j, x);
+      } else {
+        for (int i = 0; i < G; i++)
+          if (j + i >= 0 && j + i < width) to[j + i] = narrow<T>(float(from[j + i]) * factor);
+      }
+    }
+  }
+}
+
+template <class T>
+void scale_as(const void* in, void* out, const RowLayout& layout, int64_t rows, int64_t width, const float* factors,
+              int64_t factor_stride, cudaStream_t stream) {
+  const int64_t blocks = std::min<int64_t>(rows, int64_t(current_device().multiprocessors) * 16);
+  const int per_block = int((rows + blocks - 1) / blocks);
+  scale_rows_kernel<T><<<unsigned((rows + per_block - 1) / per_block), 256, 0, stream>>>(
+      static_cast<const T*>(in), static_cast<T*>(out), layout, rows, width, factors, factor_stride, per_block);
+  check(cudaGetLastError(), "kdkernels: launching scale_rows");
+}
+
+}  // namespace
+
+void scale_rows(const void* in, void* out, DType dtype, const RowLayout& layout, int64_t rows, int64_t width,
+                const float* factors, int64_t factor_stride, void* stream) {
+  if (rows == 0 || width == 0) return;
+  const auto s = static_cast<cudaStream_t>(stream);
+  switch (dtype) {
+    case DType::bfloat16: return scale_as<__nv_bfloat16>(in, out, layout, rows, width, factors, factor_stride, s);
+    case DType::float16: return scale_as<__half>(in, out, layout, rows, width, factors, factor_stride, s);
+    case DType::float32: return scale_as<float>(in, out, layout, rows, width, factors, factor_stride, s);
+    default: throw std::invalid_argument("kdkernels: scale_rows on a GPU takes 32 and 16-bit floats");
+  }
+}
+
+}  // namespace kdkernels::cuda
