@@ -441,7 +441,7 @@ def test_no_synchronisation_with_the_host(backend):
     try:
         step()
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode(0)
 
 
 def test_cuda_graphs(backend):

@@ -1,9 +1,9 @@
 // Totals over a row: from every thread of every block of the cluster to every thread of it.
 //
-// A warp adds up its lanes by shuffles and sends its sums to all blocks of the cluster, through distributed shared memory
-// onto a barrier that counts bytes; each warp waits for those of all warps and adds them up itself. No block barrier, no
-// cluster barrier. Two buffers take turns: nobody sends for an exchange before it has read the last but one, because the
-// last one needed its contribution. The order of every addition is fixed.
+// Warps add up their lanes by shuffles and leave the sums in shared memory; the block's first warp adds those up, sends
+// the block's to the other blocks of the cluster through distributed shared memory, onto a barrier that counts bytes, and
+// adds up what comes from them. So each number is worked out by one warp of a block, not by all, and there is no barrier
+// of the whole cluster. The order of every addition is fixed.
 #pragma once
 #include "ptx.cuh"
 
@@ -36,67 +36,110 @@ __device__ __forceinline__ float warp_max(float x) {
   return __int_as_float(bits ^ (bits >> 31 & 0x7fffffff));
 }
 
-struct Exchange {
-  static constexpr int kValues = 8;  // floats a warp sends at most
-  static constexpr size_t bytes(int blocks, int warps) { return 2 * kValues * size_t(blocks) * warps * sizeof(float); }
+// Eight floats from everyone to the first warp: sums, and two numbers that go with them.
+struct alignas(16) Parcel {
+  float v[8] = {};
+};
 
-  float* entries;    // (2, kValues, blocks · warps)
-  uint32_t barrier;  // two of them
+struct ExchangeMemory {
+  static constexpr int kMaxWarps = 16, kMaxBlocks = 16;
+  Parcel of_warps[kMaxWarps];
+  float of_blocks[2][8][kMaxBlocks];  // two take turns: nobody sends again before everyone has read the last but one
+  alignas(16) float broadcast[8];
+  alignas(16) unsigned char row[128];  // what a row's first sweep found (sweep.cuh), kept while the row is worked on
+  uint64_t barriers[2];
+};
+
+struct Exchange {
+  ExchangeMemory* memory;
   int blocks, warps, rank, warp, lane;
   int count = 0;
 
-  __device__ int senders() const { return blocks * warps; }
-  __device__ const float* received(int value) const { return entries + ((count & 1) * kValues + value) * senders(); }
+  __device__ bool leads() const { return warp == 0; }
 
-  // Lane i of a group of `lanes` sends x to blocks i, i + lanes, …
-  __device__ __forceinline__ void send(int value, float x, int first, int lanes) const {
-    const uint32_t to = shared_address(received(value) + rank * warps + warp), bar = barrier + (count & 1) * 8;
-    for (int block = first; block < blocks; block += lanes) store_remote(address_in(to, block), x, address_in(bar, block));
-  }
-  // Until `values` floats have come from every warp.
-  __device__ __forceinline__ void wait(int values) const {
-    const uint32_t bar = barrier + (count & 1) * 8;
-    if (warp == 0 && lane == 0) barrier_arrive_expecting(bar, values * senders() * 4);
-    barrier_wait(bar, count >> 1 & 1);
+  // Everyone's parcel to the first warp, lane i of which returns warp i's; the other warps return at once.
+  __device__ __forceinline__ Parcel gather(const Parcel& mine) const {
+    if (lane == 0) memory->of_warps[warp] = mine;
+    __syncwarp();
+    Parcel theirs;
+    if (leads()) {
+      block_barrier_wait(1, warps * 32);
+      if (lane < warps) theirs = memory->of_warps[lane];
+    } else {
+      block_barrier_arrive(1, warps * 32);
+    }
+    return theirs;
   }
 
+  // By the first warp: value i is in lane i·32/N, …; lane i returns those of block i.
+  template <int N>
+  __device__ __forceinline__ Parcel across(float mine) {
+    constexpr int group = 32 / N;
+    const int b = count & 1;
+    const uint32_t barrier = shared_address(&memory->barriers[b]);
+    const uint32_t to = shared_address(&memory->of_blocks[b][lane / group][rank]);
+    for (int block = lane % group; block < blocks; block += group)
+      store_remote(address_in(to, block), mine, address_in(barrier, block));
+    if (lane == 0) barrier_arrive_expecting(barrier, N * blocks * 4);
+    barrier_wait_cluster(barrier, count >> 1 & 1);
+    count++;
+    Parcel theirs;
+    if (lane < blocks)
+#pragma unroll
+      for (int i = 0; i < N; i++) theirs.v[i] = memory->of_blocks[b][i][lane];
+    return theirs;
+  }
+
+  // What the first warp wrote for everyone has reached everyone.
+  __device__ __forceinline__ void broadcast() const {
+    __syncwarp();
+    block_barrier_wait(2, warps * 32);
+  }
+
+  // Sums over everyone, in everyone.
   template <int N>
   __device__ __forceinline__ void sums(float (&v)[N]) {
     constexpr int group = 32 / N;
-    const float mine = warp_sums(v, lane);
-    send(lane / group, mine, lane % group, group);
-    wait(N);
+    const float of_warp = warp_sums(v, lane);
+    Parcel parcel;
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-      v[i] = 0;
-      for (int e = lane; e < senders(); e += 32) v[i] += received(i)[e];
+    for (int i = 0; i < N; i++) parcel.v[i] = __shfl_sync(kAllLanes, of_warp, i * group);
+    parcel = gather(parcel);
+    if (leads()) {
+#pragma unroll
+      for (int i = 0; i < N; i++) v[i] = parcel.v[i];
+      float total = warp_sums(v, lane);
+      if (blocks > 1) {
+        parcel = across<N>(total);
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] = parcel.v[i];
+        total = warp_sums(v, lane);
+      }
+      if (lane % group == 0) memory->broadcast[lane / group] = total;
     }
-    const float total = warp_sums(v, lane);
+    broadcast();
 #pragma unroll
-    for (int i = 0; i < N; i++) v[i] = __shfl_sync(kAllLanes, total, i * group);
-    count++;
+    for (int i = 0; i < N; i++) v[i] = memory->broadcast[i];
   }
 
-  __device__ __forceinline__ void maxima(float& a, float& b) {
-    a = warp_max(a), b = warp_max(b);
-    send(lane / 16, lane < 16 ? a : b, lane % 16, 16);
-    wait(2);
-    a = b = -__builtin_inff();
-    for (int e = lane; e < senders(); e += 32) a = fmaxf(a, received(0)[e]), b = fmaxf(b, received(1)[e]);
-    a = warp_max(a), b = warp_max(b);
-    count++;
-  }
-
-  // The largest x of all threads, and the y that came with it.
+  // The largest x of everyone, and the y that came with it, in everyone.
   __device__ __forceinline__ void top(float& x, float& y) {
     keep_top(x, y);
-    send(lane / 16, lane < 16 ? x : y, lane % 16, 16);
-    wait(2);
-    x = -__builtin_inff(), y = 0;
-    for (int e = lane; e < senders(); e += 32)
-      if (received(0)[e] > x) x = received(0)[e], y = received(1)[e];
-    keep_top(x, y);
-    count++;
+    Parcel parcel;
+    parcel.v[0] = x, parcel.v[1] = y;
+    parcel = gather(parcel);
+    if (leads()) {
+      x = lane < warps ? parcel.v[0] : -__builtin_inff(), y = parcel.v[1];
+      keep_top(x, y);
+      if (blocks > 1) {
+        parcel = across<2>(lane < 16 ? x : y);
+        x = lane < blocks ? parcel.v[0] : -__builtin_inff(), y = parcel.v[1];
+        keep_top(x, y);
+      }
+      if (lane == 0) memory->broadcast[0] = x, memory->broadcast[1] = y;
+    }
+    broadcast();
+    x = memory->broadcast[0], y = memory->broadcast[1];
   }
 
  private:

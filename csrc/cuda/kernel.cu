@@ -10,23 +10,23 @@ namespace kdkernels::cuda {
 template <class T, template <class> class Divergence>
 __global__ void __launch_bounds__(kMaxConsumers + 64, 1) row_cluster(const __grid_constant__ ClusterProblem problem) {
   extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ __align__(8) uint64_t full[kMaxSlots], empty[kMaxSlots], exchanged[2];
+  __shared__ __align__(8) uint64_t full[kMaxSlots], empty[kMaxSlots];
+  __shared__ RowHeader headers[kMaxSlots];
+  __shared__ ExchangeMemory exchange_memory;
   const int blocks = int(cluster_size()), rank = int(cluster_rank());
   const int warps = int(blockDim.x) / 32 - 1, warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   const uint32_t first_row = blockIdx.x / blocks, row_step = gridDim.x / blocks;
 
   Ring<T> ring;
   ring.slots = reinterpret_cast<T*>(shared);
+  ring.headers = headers;
   ring.full = shared_address(full), ring.empty = shared_address(empty);
   ring.slot_columns = problem.slot_columns, ring.count = problem.slots;
-  Exchange exchange;
-  exchange.entries = reinterpret_cast<float*>(ring.student(ring.count));
-  exchange.barrier = shared_address(exchanged);
-  exchange.blocks = blocks, exchange.warps = warps, exchange.rank = rank, exchange.warp = warp, exchange.lane = lane;
+  const Exchange exchange{&exchange_memory, blocks, warps, rank, warp, lane};
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < ring.count; i++) barrier_init(ring.full_barrier(i), 1), barrier_init(ring.empty_barrier(i), warps);
-    barrier_init(exchange.barrier, 1), barrier_init(exchange.barrier + 8, 1);
+    for (uint64_t& barrier : exchange_memory.barriers) barrier_init(shared_address(&barrier), 1);
     barrier_init_fence();
   }
   __syncthreads();

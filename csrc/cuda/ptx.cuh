@@ -21,7 +21,21 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
 __device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+// Until the phase of this parity is complete: what this block's copies brought is visible.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "AGAIN:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\n"
+      "bra AGAIN;\n"
+      "DONE:\n"
+      "}" ::"r"(barrier), "r"(parity)
+      : "memory");
+}
+// … and what other blocks of the cluster stored.
+__device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -32,6 +46,14 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "DONE:\n"
       "}" ::"r"(barrier), "r"(parity)
       : "memory");
+}
+
+// Barriers of a part of a block's threads.
+__device__ __forceinline__ void block_barrier_wait(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void block_barrier_arrive(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
 // Global to shared memory, asynchronously; 16-byte aligned, a multiple of 16 bytes. Counts its bytes at the barrier.

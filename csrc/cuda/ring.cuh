@@ -18,6 +18,9 @@ struct ClusterProblem {
   const void *student_end, *teacher_end;  // one past the last element that may be read
   int share;                              // columns of a block, a multiple of the group
   int slot_columns, slots;
+  // The problem's doubles as the kernel computes with them.
+  float kd_weight, ce_weight, temperature, parameters[2];
+  bool with_ce, scale_by_temperature, scale_gradient;
 };
 
 // Row numbers fit 32 bits here, and dividing by 32-bit numbers is what a GPU can afford.
@@ -43,9 +46,18 @@ __device__ __forceinline__ int phase_of(const T* row) {
   return int(reinterpret_cast<uintptr_t>(row) / sizeof(T)) & (kGroup<T> - 1);
 }
 
+// A row's own numbers, with the first of its slots. A row takes at least one, also where it is skipped.
+struct RowHeader {
+  float scale, temperature;
+  int label;  // -1: out of range
+  int phase;
+  int64_t gradient;  // offset of its gradient
+};
+
 template <class T>
 struct Ring {
   T* slots;              // (count, 2, slot_columns): student, teacher
+  RowHeader* headers;    // one a slot
   uint32_t full, empty;  // barriers, one a slot
   int slot_columns, count;
 
@@ -65,34 +77,50 @@ struct Ring {
     async_proxy_fence();
   }
 
-  // By one thread: both rows' columns [begin, begin + columns) of every row that counts.
+  static __device__ RowHeader header(const ClusterProblem& problem, uint32_t row) {
+    const RowProblem& p = problem.rows;
+    RowHeader h{};
+    if (row >= uint32_t(p.rows)) return h;
+    h.scale = static_cast<const float*>(p.row_scale)[row];
+    h.temperature = p.temperatures ? static_cast<const float*>(p.temperatures)[row] : problem.temperature;
+    if (problem.with_ce) {
+      const int64_t label = p.labels[row];
+      h.label = label >= 0 && label < p.vocab_size ? int(label) : -1;
+    }
+    h.phase = phase_of(row_begin<T>(p.student, row));
+    h.gradient = row_offset(p.gradient_rows, row);
+    return h;
+  }
+
+  // By one thread: both rows' columns from `begin` on, of this block's share, of every row.
   __device__ void produce(const ClusterProblem& problem, uint32_t first_row, uint32_t row_step, int begin) const {
     const RowProblem& p = problem.rows;
-    const float* scales = static_cast<const float*>(p.row_scale);
     const uint32_t rows = uint32_t(p.rows);
     int slot = 0;
     uint32_t parity = 1;
-    float next_scale = first_row < rows ? scales[first_row] : 0;
+    RowHeader next = header(problem, first_row);
     for (uint32_t row = first_row; row < rows; row += row_step) {
-      const float scale = next_scale;
-      next_scale = row + row_step < rows ? scales[row + row_step] : 0;
-      if (scale == 0) continue;
-      const T *student_row = row_begin<T>(p.student, row), *teacher_row = row_begin<T>(p.teacher, row);
-      const int phase = phase_of(student_row);
-      const int end = min(begin + problem.share, phase + int(p.vocab_size));
-      for (int at = begin; at < end; at += slot_columns) {
-        const int n = (min(slot_columns, end - at) + kGroup<T> - 1) / kGroup<T> * kGroup<T>;
-        const T *from_student = student_row + (at - phase), *from_teacher = teacher_row + (at - phase);
-        const uint32_t student_bytes = bulk_bytes(from_student, n, problem.student_end);
-        const uint32_t teacher_bytes = bulk_bytes(from_teacher, n, problem.teacher_end);
+      const RowHeader h = next;
+      next = header(problem, row + row_step);  // on its way while this row is copied
+      const int end = h.scale == 0 ? begin : min(begin + problem.share, h.phase + int(p.vocab_size));
+      const T* student_row = row_begin<T>(p.student, row) - h.phase;
+      const T* teacher_row = row_begin<T>(p.teacher, row) - h.phase;
+      int at = begin;
+      do {
+        const int n = max(0, (min(slot_columns, end - at) + kGroup<T> - 1) / kGroup<T> * kGroup<T>);
+        const T *from_student = student_row + at, *from_teacher = teacher_row + at;
+        const uint32_t bytes = n * uint32_t(sizeof(T));
+        const uint32_t student_bytes = n ? bulk_bytes(from_student, n, problem.student_end) : 0;
+        const uint32_t teacher_bytes = n ? bulk_bytes(from_teacher, n, problem.teacher_end) : 0;
         barrier_wait(empty_barrier(slot), parity);
-        if (student_bytes < n * sizeof(T)) copy_rest(student(slot), from_student, student_bytes, problem.student_end);
-        if (teacher_bytes < n * sizeof(T)) copy_rest(teacher(slot), from_teacher, teacher_bytes, problem.teacher_end);
+        if (at == begin) headers[slot] = h;
+        if (student_bytes < bytes) copy_rest(student(slot), from_student, student_bytes, problem.student_end);
+        if (teacher_bytes < bytes) copy_rest(teacher(slot), from_teacher, teacher_bytes, problem.teacher_end);
         barrier_arrive_expecting(full_barrier(slot), student_bytes + teacher_bytes);
         if (student_bytes) bulk_load(shared_address(student(slot)), from_student, student_bytes, full_barrier(slot));
         if (teacher_bytes) bulk_load(shared_address(teacher(slot)), from_teacher, teacher_bytes, full_barrier(slot));
         if (++slot == count) slot = 0, parity ^= 1;
-      }
+      } while ((at += slot_columns) < end);
     }
   }
 };

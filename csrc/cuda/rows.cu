@@ -75,11 +75,11 @@ int64_t share(const RowProblem& p, int cluster) {
   return ((columns + cluster - 1) / cluster + g - 1) / g * g;
 }
 
-constexpr int kStaticShared = 2048;  // the barriers, with room
+constexpr int kStaticShared = sizeof(ExchangeMemory) + (2 * sizeof(uint64_t) + sizeof(RowHeader)) * kMaxSlots + 256;  // with room for alignment
 
 int slots(const Device& d, const RowProblem& p, const Plan& plan) {
   const int64_t per_block = std::min<int64_t>(d.shared_per_block, d.shared_per_sm / plan.blocks_per_sm - d.reserved);
-  const int64_t room = per_block - kStaticShared - int64_t(Exchange::bytes(plan.cluster, plan.consumers / 32));
+  const int64_t room = per_block - kStaticShared;
   const int64_t slot = 2 * plan.slot_columns * bytes_per_element(p.student.dtype);
   return int(std::clamp<int64_t>(room / slot, 0, kMaxSlots));
 }
@@ -176,7 +176,9 @@ void row_loss(const RowProblem& p, const Plan& plan, void* stream) {
       plan.consumers > kMaxConsumers || plan.slot_columns < plan.consumers * group(p) || !fits(d, p, plan))
     throw std::invalid_argument("kdkernels: this problem does not fit the plan asked for");
   ClusterProblem problem{p, end_of(p.student), end_of(p.teacher), int(share(p, plan.cluster)), plan.slot_columns,
-                         slots(d, p, plan)};
+                         slots(d, p, plan), float(p.kd_weight), float(p.ce_weight), float(p.temperature),
+                         {float(p.parameters[0]), float(p.parameters[1])}, p.ce_weight != 0, p.scale_by_temperature,
+                         p.scale_gradient};
   const void* kernel = kernel_of(p.student.dtype, p.divergence);
   const int64_t slot_bytes = 2 * plan.slot_columns * bytes_per_element(p.student.dtype);
 
@@ -186,7 +188,7 @@ void row_loss(const RowProblem& p, const Plan& plan, void* stream) {
   cudaLaunchConfig_t config{};
   config.blockDim = dim3(unsigned(plan.consumers) + 32);
   config.gridDim = dim3(unsigned(plan.cluster));
-  config.dynamicSmemBytes = size_t(problem.slots * slot_bytes) + Exchange::bytes(plan.cluster, plan.consumers / 32);
+  config.dynamicSmemBytes = size_t(problem.slots * slot_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &cluster;
   config.numAttrs = 1;

@@ -29,20 +29,35 @@ __device__ inline float log_ratio(const Logarithm& a, const Logarithm& b) {
   return fmaf(float(a.exponent - b.exponent), kLn2f, a.rest - b.rest);
 }
 
+// To the last digit or so, without a division's special cases.
+__device__ inline float reciprocal(float x) {
+  const float r = FloatMath::reciprocal(x);
+  return fmaf(r, fmaf(-x, r, 1.0f), r);
+}
+
 __device__ inline bool is_positive_finite(float x) { return x > 0 && x < __builtin_inff(); }
 
-// What a row's first sweep finds, the same in every thread. References are whole numbers near the largest logits, so
-// that their differences are exact.
-struct Statistics {
+// What comes of a row's first sweep, worked out by one warp for everyone. References are whole numbers near the largest
+// logits, so that their differences are exact.
+enum class Turn : int { again, nan, far, everywhere };
+struct RowNumbers {
+  Turn turn;
   float student_reference, teacher_reference;
-  float student_sum, teacher_sum;  // of e^((z - reference)/T)
-  float forward, reverse;          // of e^((y - reference)/T)·x and of e^((z - reference)/T)·x,
-                                   // x = (y - teacher_reference) - (z - student_reference)
-  float hard_sum;                  // of e^(z - reference): the student at temperature 1
+  float inv_student_sum, inv_teacher_sum, inv_hard_sum;  // of e^((z - reference)/T), and at temperature 1
+  float student_log, teacher_log, hard_log;              // of these sums
+  float gap_of_logs;                                     // teacher_log - student_log
+  float forward_kl, reverse_kl;
+  float student_lse, teacher_lse, gap;  // in base 2, for FarRow
+  float by_q, by_p;                     // what their rounding took
+};
 
-  __device__ bool usable(bool hard) const {
-    return is_positive_finite(student_sum) && is_positive_finite(teacher_sum) && (!hard || is_positive_finite(hard_sum));
-  }
+// Sums of a part of a row, relative to its references.
+struct Sums {
+  float student_reference, teacher_reference;
+  float student, teacher;  // of e^((z - reference)/T)
+  float forward, reverse;  // of e^((y - reference)/T)·x and e^((z - reference)/T)·x,
+                           // x = (y - teacher_reference) - (z - student_reference)
+  float hard;              // of e^(z - reference): the student at temperature 1
 };
 
 template <class T, template <class> class Divergence>
@@ -56,30 +71,20 @@ class RowSweep {
 
  public:
   __device__ RowSweep(const ClusterProblem& problem, const Ring<T>& ring, const Exchange& exchange)
-      : problem_(problem), p_(problem.rows), ring_(ring), exchange_(exchange), threads_(exchange.warps * 32) {}
+      : problem_(problem), p_(problem.rows), ring_(ring), exchange_(exchange), far_(problem.parameters), threads_(exchange.warps * 32) {}
 
   __device__ void consume(uint32_t first_row, uint32_t row_step) {
-    const uint32_t rows = uint32_t(p_.rows);
-    RowInputs next = inputs(first_row);
-    for (uint32_t row = first_row; row < rows; row += row_step) {
-      const RowInputs in = next;
-      next = inputs(row + row_step);  // fetched while this row is worked on
-      run(row, in);
+    for (uint32_t row = first_row; row < uint32_t(p_.rows); row += row_step) {
+      barrier_wait(ring_.full_barrier(slot_), parity_);
+      run(row, ring_.headers[slot_]);
     }
   }
 
  private:
-  struct RowInputs {
-    float scale = 0, temperature = 1;
-    int64_t label = 0;
-  };
-  __device__ RowInputs inputs(uint32_t row) const {
-    RowInputs in;
-    if (row >= uint32_t(p_.rows)) return in;
-    in.scale = static_cast<const float*>(p_.row_scale)[row];
-    in.temperature = p_.temperatures ? static_cast<const float*>(p_.temperatures)[row] : float(p_.temperature);
-    if (p_.ce_weight != 0) in.label = p_.labels[row];
-    return in;
+  // In shared memory: read where needed instead of kept in registers.
+  __device__ RowNumbers& row_numbers() const {
+    static_assert(sizeof(RowNumbers) <= sizeof(ExchangeMemory::row));
+    return *reinterpret_cast<RowNumbers*>(exchange_.memory->row);
   }
 
   __device__ bool reports() const { return exchange_.rank == 0 && threadIdx.x == 0; }
@@ -89,106 +94,116 @@ class RowSweep {
     stats[0] = student_lse, stats[p_.rows] = teacher_lse, stats[2 * p_.rows] = value, stats[3 * p_.rows] = hard;
   }
 
-  __device__ void run(uint32_t row, const RowInputs& in) {
-    T* gradient = nullptr;
-    if (p_.gradient) gradient = static_cast<T*>(p_.gradient) + row_offset(p_.gradient_rows, row);
+  __device__ __forceinline__ void run(uint32_t row, const RowHeader in) {
+    T* gradient = p_.gradient ? static_cast<T*>(p_.gradient) + in.gradient : nullptr;
+    begin_ = exchange_.rank * problem_.share;
     if (in.scale == 0) {
       if (reports()) report(row, 0, 0, 0, 0, 0);
       if (gradient) fill(gradient, 0, int(p_.student.width), 0.0f);
+      columns_ = 0;
+      finish_row();
       return;
     }
-    const T* student_row = row_begin<T>(p_.student, row);
-    const int phase = phase_of(student_row);
-    low_ = phase, high_ = phase + int(p_.vocab_size);
-    begin_ = exchange_.rank * problem_.share;
+    low_ = in.phase, high_ = low_ + int(p_.vocab_size);
     columns_ = max(0, min(problem_.share, high_ - begin_));
-
-    const bool with_ce = p_.ce_weight != 0, own_hard = with_ce && in.temperature != 1;
-    const bool bad_label = with_ce && (in.label < 0 || in.label >= p_.vocab_size);
+    const float inv_temperature = reciprocal(in.temperature);
+    scale_ = kLog2Ef * inv_temperature;
+    const bool own_hard = problem_.with_ce && in.temperature != 1;
+    const bool bad = problem_.with_ce && in.label < 0;
     float label_logit = 0;  // read before anyone may write a gradient over it
-    if (with_ce && !bad_label && reports()) label_logit = float(student_row[in.label]);
+    if (problem_.with_ce && !bad && reports()) label_logit = float(row_begin<T>(p_.student, row)[in.label]);
 
-    inv_temperature_ = 1 / in.temperature;
-    scale_ = inv_temperature_ * kLog2Ef;
-    Statistics st = statistics(own_hard);
-    const Logarithm student_log = Logarithm::of(st.student_sum), teacher_log = Logarithm::of(st.teacher_sum);
-    const float gap_of_logs = log_ratio(teacher_log, student_log);
-    const float max_gap = st.teacher_reference - st.student_reference;
-    if (!is_positive_finite(in.temperature) || bad_label || !st.usable(own_hard) || !isfinite(max_gap)) {
+    const Turn turn = statistics(bad || !is_positive_finite(in.temperature), own_hard);
+    const RowNumbers& n = row_numbers();
+    if (turn == Turn::nan) {
       const float nan = __builtin_nanf("");
       if (reports()) report(row, nan, nan, nan, nan, nan);
       if (gradient) fill(gradient, 0, int(p_.student.width), nan);
       finish_row();
       return;
     }
-    const float forward_kl = fmaf(st.forward / st.teacher_sum, inv_temperature_, -gap_of_logs);
-    const float reverse_kl = fmaf(-st.reverse / st.student_sum, inv_temperature_, gap_of_logs);
 
     // The gradient's factors.
-    const float gradient_scale = p_.scale_gradient ? in.scale : 1.0f;
-    const float kd_weight = float(p_.kd_weight), ce_weight = float(p_.ce_weight);
-    kd_ = kd_weight * (p_.scale_by_temperature ? in.temperature : inv_temperature_) * gradient_scale;
-    const float ce = ce_weight * gradient_scale;
-    const bool hard_column = with_ce && (own_hard || kd_ == 0);  // the student at T = 1 is an exponential of its own
-    const float hard_sum = own_hard ? st.hard_sum : st.student_sum;
-    const Logarithm hard_log = Logarithm::of(hard_sum);
-    ce_ = ce, label_ = with_ce ? int(in.label) + phase : -1;
-    hard_factor_ = hard_column ? ce / hard_sum : 0;
-    hard_reference_ = st.student_reference;
-    const float folded_ce = with_ce && !hard_column ? ce : 0;
+    const float by_scale = problem_.scale_gradient ? in.scale : 1.0f;
+    kd_ = problem_.kd_weight * (problem_.scale_by_temperature ? in.temperature : inv_temperature) * by_scale;
+    const float ce = problem_.ce_weight * by_scale;
+    const bool own_column = problem_.with_ce && (own_hard || kd_ == 0);  // the student at T = 1 is not the divergence's
+    ce_ = ce, label_ = problem_.with_ce ? in.label + low_ : -1;
+    hard_factor_ = own_column ? ce * n.inv_hard_sum : 0;
+    hard_reference_ = n.student_reference;
+    const float folded_ce = own_column ? 0 : ce;
 
     float value = 0;
     bool done = false;
     if constexpr (kFar)
-      done = run_far(st, student_log, teacher_log, max_gap, gap_of_logs, forward_kl, reverse_kl, folded_ce,
-                     gradient, phase, value);
-    if (!done) value = run_everywhere(st, max_gap, gap_of_logs, forward_kl, folded_ce, gradient, phase);
+      if (turn == Turn::far) done = run_far(n, folded_ce, gradient, value);
+    if constexpr (kFar) {
+      if (!done) {
+        const Apart apart = everywhere_apart(*this, inv_temperature, folded_ce, gradient);
+        value = apart.value, exchange_.count = apart.exchanges, released_ = apart.released;
+      }
+    } else {
+      value = run_everywhere(n, inv_temperature, folded_ce, gradient);
+    }
     if (gradient) fill(gradient, int(p_.vocab_size), int(p_.student.width), 0.0f);
     finish_row();
 
     if (reports()) {
-      const float cross_entropy = with_ce ? hard_log.natural() - (label_logit - st.student_reference) : 0;
-      const float kd_factor = kd_weight * (p_.scale_by_temperature ? in.temperature * in.temperature : 1.0f);
-      const float loss = (kd_factor != 0 ? kd_factor * value : 0.0f) + (with_ce ? ce_weight * cross_entropy : 0.0f);
-      report(row, in.scale * loss, fmaf(st.student_reference, inv_temperature_, student_log.natural()),
-             fmaf(st.teacher_reference, inv_temperature_, teacher_log.natural()), value, cross_entropy);
+      const float cross_entropy = problem_.with_ce ? n.hard_log - (label_logit - n.student_reference) : 0;
+      const float kd = problem_.kd_weight * (problem_.scale_by_temperature ? in.temperature * in.temperature : 1.0f);
+      const float loss = (kd != 0 ? kd * value : 0.0f) + (problem_.with_ce ? problem_.ce_weight * cross_entropy : 0.0f);
+      report(row, in.scale * loss, fmaf(n.student_reference, inv_temperature, n.student_log),
+             fmaf(n.teacher_reference, inv_temperature, n.teacher_log), value, cross_entropy);
     }
   }
 
-  // ---- Sweeps over this block's share: f(student, teacher, column), G columns a call, this thread's own every time.
+  // ---- Sweeps over this block's share: f<Special>(student, teacher, column), G columns a call, this thread's own every
+  // time. Special: the slot holds columns outside the row, or the one that `special_` says.
   template <bool Wait, bool Release, class F>
-  __device__ __forceinline__ void sweep(F f) {
+  __device__ __forceinline__ void sweep(F f, bool always_special = false, int special_column = -1) {
     int slot = slot_;
     uint32_t parity = parity_;
     for (int at = 0; at < columns_; at += ring_.slot_columns) {
       if constexpr (Wait) barrier_wait(ring_.full_barrier(slot), parity);
-      const int n = min(ring_.slot_columns, columns_ - at);
-      const T *student = ring_.student(slot), *teacher = ring_.teacher(slot);
-      for (int j = int(threadIdx.x) * G; j < n; j += threads_ * G) f(student + j, teacher + j, begin_ + at + j);
+      const int n = min(ring_.slot_columns, columns_ - at), mine = int(threadIdx.x) * G, step = threads_ * G;
+      const T *student = ring_.student(slot) + mine, *teacher = ring_.teacher(slot) + mine;
+      int column = begin_ + at + mine;
+      const int first = begin_ + at, end = first + n;
+      const bool special = always_special || first < low_ || end == high_ && high_ % G != 0 || unsigned(special_column - first) < unsigned(n);
+      if (!special) {
+#pragma unroll 2
+        for (; column < end; column += step, student += step, teacher += step)
+          f.template operator()<false>(student, teacher, column);
+      } else {
+        for (; column < end; column += step, student += step, teacher += step)
+          f.template operator()<true>(student, teacher, column);
+      }
       if constexpr (Release) {
         __syncwarp();
         if (exchange_.lane == 0) barrier_arrive(ring_.empty_barrier(slot));
       }
       if (++slot == ring_.count) slot = 0, parity ^= 1;
     }
-    if constexpr (Release) released_ = true;
+    if constexpr (Release) released_ = columns_ > 0;
   }
 
   // Columns of both models as floats; those outside the row become `padding`.
+  template <bool Special>
   __device__ __forceinline__ void load(const T* student, const T* teacher, int column, float padding, float (&x)[G],
                                        float (&y)[G]) const {
     widen(student, x), widen(teacher, y);
-    if (edge(column)) {
+    if constexpr (Special)
+      if (edge(column)) {
 #pragma unroll
-      for (int i = 0; i < G; i++)
-        if (column + i < low_ || column + i >= high_) x[i] = padding, y[i] = padding;
-    }
+        for (int i = 0; i < G; i++)
+          if (column + i < low_ || column + i >= high_) x[i] = padding, y[i] = padding;
+      }
   }
   __device__ __forceinline__ bool edge(int column) const { return column < low_ || column + G > high_; }
 
   // Every slot of the row is the producer's again, and the next row begins after it.
   __device__ void finish_row() {
-    const int chunks = (columns_ + ring_.slot_columns - 1) / ring_.slot_columns;
+    const int chunks = max(1, (columns_ + ring_.slot_columns - 1) / ring_.slot_columns);
     if (!released_) {
       __syncwarp();
       int slot = slot_;
@@ -223,40 +238,63 @@ class RowSweep {
   // ---- Statistics
   // References guessed from the first columns a warp sees: fp32 has the range for a guess that is 60 nats off. Where it is
   // further off, the sums show it, and the row is swept again for its exact maxima.
-  __device__ Statistics statistics(bool hard) {
+  __device__ __forceinline__ Turn statistics(bool bad, bool hard) {
     float student = kPadding, teacher = kPadding;
-    if (columns_ > 0) {
-      barrier_wait(ring_.full_barrier(slot_), parity_);
-      const int j = int(threadIdx.x) * G;
-      if (j < min(ring_.slot_columns, columns_)) {
-        float x[G], y[G];
-        load(ring_.student(slot_) + j, ring_.teacher(slot_) + j, begin_ + j, kPadding, x, y);
-#pragma unroll
-        for (int i = 0; i < G; i++) student = fmaxf(student, x[i]), teacher = fmaxf(teacher, y[i]);
-      }
-    }
-    Statistics st = statistics_from<true>(rintf(warp_max(student)), rintf(warp_max(teacher)), hard);
-    if (st.usable(hard)) return st;
-    student = teacher = -__builtin_inff();
-    sweep<false, false>([&](const T* s, const T* t, int column) {
+    const int j = int(threadIdx.x) * G;
+    if (j < min(ring_.slot_columns, columns_)) {
       float x[G], y[G];
-      load(s, t, column, -__builtin_inff(), x, y);
+      load<true>(ring_.student(slot_) + j, ring_.teacher(slot_) + j, begin_ + j, kPadding, x, y);
+#pragma unroll
+      for (int i = 0; i < G; i++) student = fmaxf(student, x[i]), teacher = fmaxf(teacher, y[i]);
+    }
+    student = rintf(warp_max(student)), teacher = rintf(warp_max(teacher));
+    const Turn turn = hard ? statistics_from<true, true>(student, teacher, bad, true)
+                           : statistics_from<true, false>(student, teacher, bad, true);
+    if (turn != Turn::again) return turn;
+    const Apart apart = statistics_apart(*this, bad);
+    exchange_.count = apart.exchanges;
+    return apart.turn;
+  }
+
+  // ---- What few rows take is a function of its own, on a copy: in the others it costs no registers.
+  struct Apart {
+    float value;
+    Turn turn;
+    int exchanges;
+    bool released;
+  };
+  static __device__ __noinline__ Apart statistics_apart(RowSweep self, bool bad) {
+    const Turn turn = self.statistics_by_maxima(bad);
+    return {0, turn, self.exchange_.count, self.released_};
+  }
+  static __device__ __noinline__ Apart everywhere_apart(RowSweep self, float inv_temperature, float folded_ce, T* gradient) {
+    const float value = self.run_everywhere(self.row_numbers(), inv_temperature, folded_ce, gradient);
+    return {value, Turn::everywhere, self.exchange_.count, self.released_};
+  }
+
+  __device__ __forceinline__ Turn statistics_by_maxima(bool bad) {
+    float student, teacher;
+    student = teacher = -__builtin_inff();
+    sweep<false, false>([&]<bool Special>(const T* s, const T* t, int column) {
+      float x[G], y[G];
+      load<Special>(s, t, column, -__builtin_inff(), x, y);
 #pragma unroll
       for (int i = 0; i < G; i++) student = fmaxf(student, x[i]), teacher = fmaxf(teacher, y[i]);
     });
-    exchange_.maxima(student, teacher);
-    return statistics_from<false>(rintf(student), rintf(teacher), hard);
+    float unused = 0;
+    exchange_.top(student, unused), exchange_.top(teacher, unused);
+    return statistics_from<false, true>(rintf(student), rintf(teacher), bad, false);
   }
 
-  template <bool Wait>
-  __device__ Statistics statistics_from(float student_reference, float teacher_reference, bool hard) {
+  template <bool Wait, bool Hard>
+  __device__ __forceinline__ Turn statistics_from(float student_reference, float teacher_reference, bool bad, bool first) {
     // With whole-number references both models share one constant, and their difference is nearly x - its mean.
     const float origin = teacher_reference - student_reference;
     const float k = scale_, constant = student_reference * k, hard_constant = student_reference * kLog2Ef;
     float v[4] = {0, 0, 0, 0}, h[1] = {0};
-    sweep<Wait, false>([&](const T* s, const T* t, int column) {
+    sweep<Wait, false>([&]<bool Special>(const T* s, const T* t, int column) {
       float x[G], y[G];
-      load(s, t, column, kPadding, x, y);
+      load<Special>(s, t, column, kPadding, x, y);
 #pragma unroll
       for (int i = 0; i < G; i++) {
         const float moved = y[i] - origin, difference = moved - x[i];
@@ -264,87 +302,119 @@ class RowSweep {
         v[0] += e, v[1] += f;
         v[2] = fmaf(f, difference, v[2]);
         if constexpr (FarD::reads_reverse) v[3] = fmaf(e, difference, v[3]);
+        if constexpr (Hard) h[0] += Math::exp2(fmaf(x[i], kLog2Ef, -hard_constant));
       }
-      if (hard)
-#pragma unroll
-        for (int i = 0; i < G; i++) h[0] += Math::exp2(fmaf(x[i], kLog2Ef, -hard_constant));
     });
-    return merge(student_reference, teacher_reference, v, h, hard);
-  }
-
-  // The constant of a reference r is fl(r·k): its rounding is put right here, where it costs nothing.
-  static __device__ __forceinline__ float rescale(float reference, float common, float k) {
-    const float rounded = reference * k;
-    return Math::exp2((reference - common) * k - fmaf(reference, k, -rounded));
-  }
-
-  __device__ Statistics merge(float student_reference, float teacher_reference, float (&v)[4], float (&h)[1], bool hard) {
-    Exchange& ex = exchange_;
-    const int lane = ex.lane;
-    const float mine = warp_sums(v, lane);
-    ex.send(lane / 8, mine, lane % 8, 8);
-    ex.send(4 + lane / 16, lane < 16 ? student_reference : teacher_reference, lane % 16, 16);
-    if (hard) {
-      const float hard_sum = warp_sums(h, lane);
-      ex.send(6, hard_sum, lane, 32);
-    }
-    ex.wait(hard ? 7 : 6);
-    Statistics st;
-    st.student_reference = st.teacher_reference = -__builtin_inff();
-    for (int e = lane; e < ex.senders(); e += 32) {
-      st.student_reference = fmaxf(st.student_reference, ex.received(4)[e]);
-      st.teacher_reference = fmaxf(st.teacher_reference, ex.received(5)[e]);
-    }
-    st.student_reference = warp_max(st.student_reference), st.teacher_reference = warp_max(st.teacher_reference);
-    const float origin = st.teacher_reference - st.student_reference;
+    const float of_warp = warp_sums(v, exchange_.lane);
+    Parcel parcel;
 #pragma unroll
-    for (int i = 0; i < 4; i++) v[i] = 0;
-    h[0] = 0;
-    for (int e = lane; e < ex.senders(); e += 32) {
-      const float a = ex.received(4)[e], b = ex.received(5)[e], moved = (b - a) - origin;
-      const float by_student = rescale(a, st.student_reference, scale_);
-      // The teacher's columns were moved onto the student's reference, and carry its constant's rounding.
-      const float by_teacher = Math::exp2((b - st.teacher_reference) * scale_ - fmaf(a, scale_, -(a * scale_)));
-      const float s = ex.received(0)[e], t = ex.received(1)[e];
-      v[0] = fmaf(s, by_student, v[0]);
-      v[1] = fmaf(t, by_teacher, v[1]);
-      v[2] = fmaf(fmaf(moved, t, ex.received(2)[e]), by_teacher, v[2]);
-      v[3] = fmaf(fmaf(moved, s, ex.received(3)[e]), by_student, v[3]);
-      if (hard) h[0] = fmaf(ex.received(6)[e], rescale(a, st.student_reference, kLog2Ef), h[0]);
+    for (int i = 0; i < 4; i++) parcel.v[i] = __shfl_sync(kAllLanes, of_warp, i * 8);
+    parcel.v[4] = student_reference, parcel.v[5] = teacher_reference;
+    if constexpr (Hard) parcel.v[6] = warp_sums(h, exchange_.lane);
+    parcel = exchange_.gather(parcel);
+    if (exchange_.leads()) {
+      Sums sums = add_up(parcel, exchange_.lane < exchange_.warps, true);
+      if (exchange_.blocks > 1) {
+        if (exchange_.lane == 0) {
+          float* of_block = exchange_.memory->broadcast;
+          of_block[0] = sums.student, of_block[1] = sums.teacher, of_block[2] = sums.forward, of_block[3] = sums.reverse;
+          of_block[4] = sums.student_reference, of_block[5] = sums.teacher_reference, of_block[6] = sums.hard;
+        }
+        __syncwarp();
+        const float mine = exchange_.memory->broadcast[exchange_.lane / 4];
+        parcel = exchange_.template across<8>(mine);
+        sums = add_up(parcel, exchange_.lane < exchange_.blocks, false);
+      }
+      const RowNumbers n = numbers(sums, bad, first, Hard);
+      if (exchange_.lane == 0) row_numbers() = n;
     }
-    const float total = warp_sums(v, lane);
-    st.student_sum = __shfl_sync(kAllLanes, total, 0), st.teacher_sum = __shfl_sync(kAllLanes, total, 8);
-    st.forward = __shfl_sync(kAllLanes, total, 16), st.reverse = __shfl_sync(kAllLanes, total, 24);
-    st.hard_sum = hard ? warp_sums(h, lane) : 0;
-    ex.count++;
-    return st;
+    exchange_.broadcast();
+    return row_numbers().turn;
+  }
+
+  // Parts of a row, one a lane, to the sums of them all. `of_warps`: the constant of a warp's reference r is fl(r·k), and
+  // the rounding is put right here, where it costs nothing.
+  __device__ Sums add_up(const Parcel& part, bool counts, bool of_warps) const {
+    const float a = counts ? part.v[4] : kPadding, b = counts ? part.v[5] : kPadding;
+    Sums sums;
+    sums.student_reference = warp_max(a), sums.teacher_reference = warp_max(b);
+    const float moved = (b - a) - (sums.teacher_reference - sums.student_reference);
+    const float rounding = of_warps ? fmaf(a, scale_, -(a * scale_)) : 0;
+    const float by_student = counts ? Math::exp2((a - sums.student_reference) * scale_ - rounding) : 0;
+    const float by_teacher = counts ? Math::exp2((b - sums.teacher_reference) * scale_ - rounding) : 0;
+    float v[4] = {part.v[0] * by_student, part.v[1] * by_teacher, fmaf(moved, part.v[1], part.v[2]) * by_teacher,
+                  fmaf(moved, part.v[0], part.v[3]) * by_student};
+    const float hard_rounding = of_warps ? fmaf(a, kLog2Ef, -(a * kLog2Ef)) : 0;
+    float h[1] = {counts ? part.v[6] * Math::exp2((a - sums.student_reference) * kLog2Ef - hard_rounding) : 0};
+    const float total = warp_sums(v, exchange_.lane);
+    sums.student = __shfl_sync(kAllLanes, total, 0), sums.teacher = __shfl_sync(kAllLanes, total, 8);
+    sums.forward = __shfl_sync(kAllLanes, total, 16), sums.reverse = __shfl_sync(kAllLanes, total, 24);
+    sums.hard = warp_sums(h, exchange_.lane);
+    return sums;
+  }
+
+  __device__ RowNumbers numbers(const Sums& sums, bool bad, bool first, bool hard) const {
+    RowNumbers n;
+    const float hard_sum = hard ? sums.hard : sums.student;
+    const float max_gap = sums.teacher_reference - sums.student_reference;
+    const bool usable = is_positive_finite(sums.student) && is_positive_finite(sums.teacher) &&
+                        is_positive_finite(hard_sum) && isfinite(max_gap);
+    n.turn = bad ? Turn::nan : usable ? Turn::everywhere : first ? Turn::again : Turn::nan;
+    if (n.turn != Turn::everywhere) return n;
+    // Three logarithms and reciprocals at once, a lane each.
+    const int lane = exchange_.lane;
+    const float which = lane == 0 ? sums.student : lane == 1 ? sums.teacher : hard_sum;
+    const Logarithm mine = Logarithm::of(which);
+    const float mine_inverse = reciprocal(which);
+    const Logarithm student{__shfl_sync(kAllLanes, mine.exponent, 0), __shfl_sync(kAllLanes, mine.rest, 0)};
+    const Logarithm teacher{__shfl_sync(kAllLanes, mine.exponent, 1), __shfl_sync(kAllLanes, mine.rest, 1)};
+    const Logarithm of_hard{__shfl_sync(kAllLanes, mine.exponent, 2), __shfl_sync(kAllLanes, mine.rest, 2)};
+    n.inv_student_sum = __shfl_sync(kAllLanes, mine_inverse, 0);
+    n.inv_teacher_sum = __shfl_sync(kAllLanes, mine_inverse, 1);
+    n.inv_hard_sum = __shfl_sync(kAllLanes, mine_inverse, 2);
+    n.student_reference = sums.student_reference, n.teacher_reference = sums.teacher_reference;
+    n.student_log = student.natural(), n.teacher_log = teacher.natural(), n.hard_log = of_hard.natural();
+    n.gap_of_logs = log_ratio(teacher, student);
+    const float inv_temperature = scale_ * kLn2f;
+    n.forward_kl = fmaf(sums.forward * n.inv_teacher_sum, inv_temperature, -n.gap_of_logs);
+    n.reverse_kl = fmaf(-sums.reverse * n.inv_student_sum, inv_temperature, n.gap_of_logs);
+    if constexpr (kFar) {
+      const FarD& far = far_;
+      n.gap = fmaf(max_gap, scale_, n.gap_of_logs * kLog2Ef);
+      // A NaN, of a column that is -inf in both models, fails the comparison.
+      bool apart = n.forward_kl > 0.1f && n.forward_kl < 1e30f && fabsf(n.gap) < 24 && far.serves();
+      if constexpr (FarD::from_kl) apart = apart && far.value(n.forward_kl, n.reverse_kl) >= far.floor();
+      if (apart) n.turn = Turn::far;
+      float student_rest, teacher_rest;
+      n.student_lse = log2_normaliser(sums.student_reference, student, student_rest);
+      n.teacher_lse = log2_normaliser(sums.teacher_reference, teacher, teacher_rest);
+      n.by_q = Math::exp2(-student_rest), n.by_p = Math::exp2(-teacher_rest);
+    }
+    return n;
+  }
+
+  // log2 of a normaliser, rounded, and what the rounding took.
+  __device__ float log2_normaliser(float reference, const Logarithm& log, float& rest) const {
+    const float product = reference * scale_, low = fmaf(reference, scale_, -product), of_sum = log.base2();
+    const float rounded = product + of_sum, part = rounded - product;
+    rest = ((product - (rounded - part)) + (of_sum - part)) + low;
+    return rounded;
   }
 
   // ---- Models that are far apart: pointwise divergences in their short forms (far.h). False: this row is not for them.
-  __device__ bool run_far(const Statistics& st, const Logarithm& student_log, const Logarithm& teacher_log, float max_gap,
-                          float gap_of_logs, float forward_kl, float reverse_kl, float folded_ce, T* gradient, int phase,
-                          float& value) {
-    FarD far(p_.parameters);
-    // A NaN, of a column that is -inf in both models, fails the first comparison.
-    if (!(forward_kl > 0.1f && forward_kl < 1e30f) || !far.serves()) return false;
-    FarRow<Math> row;
-    row.scale = scale_;
-    row.gap = fmaf(max_gap, scale_, gap_of_logs * kLog2Ef);
-    if (!(fabsf(row.gap) < 24)) return false;
-    float student_rest, teacher_rest;
-    row.student_lse = log2_normaliser(st.student_reference, student_log, student_rest);
-    row.teacher_lse = log2_normaliser(st.teacher_reference, teacher_log, teacher_rest);
-    far.normalise(Math::exp2(-student_rest), Math::exp2(-teacher_rest));
+  __device__ __forceinline__ bool run_far(const RowNumbers& n, float folded_ce, T* gradient, float& value) {
+    FarD far = far_;
+    far.normalise(n.by_q, n.by_p);
+    const FarRow<Math> row = {scale_, n.student_lse, n.teacher_lse, n.gap};
     float slope_sum;
     if constexpr (FarD::from_kl) {
-      value = far.value(forward_kl, reverse_kl);
-      if (!(value >= far.floor())) return false;
-      slope_sum = far.slope_sum(forward_kl, reverse_kl);
+      value = far.value(n.forward_kl, n.reverse_kl);
+      slope_sum = far.slope_sum(n.forward_kl, n.reverse_kl);
     } else {
       FarSums<Math> sums = {0, 0, 0};
-      sweep<false, false>([&](const T* s, const T* t, int column) {
+      sweep<false, false>([&]<bool Special>(const T* s, const T* t, int column) {
         float x[G], y[G];
-        load(s, t, column, kPadding, x, y);
+        load<Special>(s, t, column, kPadding, x, y);
 #pragma unroll
         for (int i = 0; i < G; i++) far.add(FarColumn<Math>(x[i], y[i], row), sums);
       });
@@ -356,68 +426,66 @@ class RowSweep {
     }
     if (gradient) {
       far.scale(kd_, fmaf(-kd_, slope_sum, folded_ce));
-      T* out = gradient - phase;
-      sweep<false, true>([&](const T* s, const T* t, int column) {
-        float x[G], y[G], g[G];
-        load(s, t, column, kPadding, x, y);
+      T* out = gradient - low_;
+      sweep<false, true>(
+          [&]<bool Special>(const T* s, const T* t, int column) {
+            float x[G], y[G], g[G];
+            load<Special>(s, t, column, kPadding, x, y);
 #pragma unroll
-        for (int i = 0; i < G; i++) g[i] = far.gradient(FarColumn<Math>(x[i], y[i], row));
-        write(out, column, x, g);
-      });
+            for (int i = 0; i < G; i++) g[i] = far.gradient(FarColumn<Math>(x[i], y[i], row));
+            write<Special>(out, column, x, g);
+          },
+          kd_ == 0 || hard_factor_ != 0, label_);
     }
     return true;
   }
 
-  // log2 of a normaliser, rounded, and what the rounding took.
-  __device__ float log2_normaliser(float reference, const Logarithm& log, float& rest) const {
-    const float product = reference * scale_, low = fmaf(reference, scale_, -product), of_sum = log.base2();
-    const float rounded = product + of_sum, part = rounded - product;
-    rest = ((product - (rounded - part)) + (of_sum - part)) + low;
-    return rounded;
-  }
-
   // Adds what is not the divergence's, and stores.
+  template <bool Special>
   __device__ __forceinline__ void write(T* out, int column, const float (&x)[G], float (&g)[G]) const {
-    if (kd_ == 0) {  // no divergence in the gradient, not even as 0·inf
-#pragma unroll
-      for (int i = 0; i < G; i++) g[i] = 0;
-    }
-    if (hard_factor_ != 0) {
-#pragma unroll
-      for (int i = 0; i < G; i++)
-        g[i] = fmaf(hard_factor_, Math::exp2((x[i] - hard_reference_) * kLog2Ef), g[i]);
-    }
-    if (unsigned(label_ - column) < unsigned(G)) {
-#pragma unroll
-      for (int i = 0; i < G; i++)
-        if (column + i == label_) g[i] -= ce_;
-    }
-    if (!edge(column)) {
+    if constexpr (!Special) {
       store(out + column, g);
     } else {
+      if (kd_ == 0) {  // no divergence in the gradient, not even as 0·inf
 #pragma unroll
-      for (int i = 0; i < G; i++)
-        if (column + i >= low_ && column + i < high_) out[column + i] = narrow<T>(g[i]);
+        for (int i = 0; i < G; i++) g[i] = 0;
+      }
+      if (hard_factor_ != 0) {
+#pragma unroll
+        for (int i = 0; i < G; i++)
+          g[i] = fmaf(hard_factor_, Math::exp2((x[i] - hard_reference_) * kLog2Ef), g[i]);
+      }
+      if (unsigned(label_ - column) < unsigned(G)) {
+#pragma unroll
+        for (int i = 0; i < G; i++)
+          if (column + i == label_) g[i] -= ce_;
+      }
+      if (!edge(column)) {
+        store(out + column, g);
+      } else {
+#pragma unroll
+        for (int i = 0; i < G; i++)
+          if (column + i >= low_ && column + i < high_) out[column + i] = narrow<T>(g[i]);
+      }
     }
   }
 
   // ---- Any models: the forms of pointwise.h, accurate relative to the divergence however small it is.
-  __device__ float run_everywhere(const Statistics& st, float max_gap, float gap_of_logs, float forward_kl,
-                                  float folded_ce, T* gradient, int phase) {
+  __device__ __forceinline__ float run_everywhere(const RowNumbers& n, float inv_temperature, float folded_ce, T* gradient) {
+    const float max_gap = n.teacher_reference - n.student_reference;
     RowConstants<Math> row;
-    row.student_max = st.student_reference, row.teacher_max = st.teacher_reference;
+    row.student_max = n.student_reference, row.teacher_max = n.teacher_reference;
     row.shift = truncf(max_gap / 4) * 4;
-    row.inv_temperature = inv_temperature_, row.log2e_over_temperature = scale_;
-    row.inv_student_sum = 1 / st.student_sum, row.inv_teacher_sum = 1 / st.teacher_sum;
-    row.log_student_sum = Logarithm::of(st.student_sum).natural();
-    row.log_teacher_sum = Logarithm::of(st.teacher_sum).natural();
-    row.gap = gap_of_logs, row.gap_rest = (max_gap - row.shift) * inv_temperature_;
+    row.inv_temperature = inv_temperature, row.log2e_over_temperature = scale_;
+    row.inv_student_sum = n.inv_student_sum, row.inv_teacher_sum = n.inv_teacher_sum;
+    row.log_student_sum = n.student_log, row.log_teacher_sum = n.teacher_log;
+    row.gap = n.gap_of_logs, row.gap_rest = (max_gap - row.shift) * inv_temperature;
     normalise_gap(row);
     // Where the models nearly agree, a gradient carries the normalisers' rounding at first order: one Newton step for
     // sum p = sum q. (NaN: a column is -inf in both models.)
-    if (gradient && !(forward_kl > kRefineBelow)) {
-      const ForwardKL<Math> step(p_.parameters, row);
-      const float slopes = sums(row, step, 0).slope;
+    if (gradient && !(n.forward_kl > kRefineBelow)) {
+      float value, slopes;
+      sums(row, ForwardKL<Math>(p_.parameters, row), 0, value, slopes);
       row.gap_rest -= slopes;
       normalise_gap(row);
     }
@@ -428,25 +496,27 @@ class RowSweep {
         pivot = divergence.derivative(top_column(row));
         if (!isfinite(pivot)) pivot = 0;
       }
-      const Sums s = sums(row, divergence, pivot);
-      value = s.value, mean_slope = D::slopes_sum_to_zero ? 0 : s.slope;
+      sums(row, divergence, pivot, value, mean_slope);
+      if (D::slopes_sum_to_zero) mean_slope = 0;
     }
     if (gradient) {
       const float by_q = fmaf(-kd_, mean_slope, folded_ce);
-      T* out = gradient - phase;
+      T* out = gradient - low_;
       float v[1] = {0};
-      sweep<false, true>([&](const T* s, const T* t, int column) {
-        float x[G], y[G], g[G];
-        load(s, t, column, -__builtin_inff(), x, y);
+      sweep<false, true>(
+          [&]<bool Special>(const T* s, const T* t, int column) {
+            float x[G], y[G], g[G];
+            load<Special>(s, t, column, -__builtin_inff(), x, y);
 #pragma unroll
-        for (int i = 0; i < G; i++) {
-          const auto c = Column<Math>::make(x[i], y[i], row);
-          if constexpr (D::slopes_sum_to_zero) v[0] += divergence.value(c);
-          g[i] = kd_ * divergence.slope(c, pivot);
-          if (by_q != 0) g[i] = fmaf(by_q, c.student(), g[i]);
-        }
-        write(out, column, x, g);
-      });
+            for (int i = 0; i < G; i++) {
+              const auto c = Column<Math>::make(x[i], y[i], row);
+              if constexpr (D::slopes_sum_to_zero) v[0] += divergence.value(c);
+              g[i] = kd_ * divergence.slope(c, pivot);
+              if (by_q != 0) g[i] = fmaf(by_q, c.student(), g[i]);
+            }
+            write<Special>(out, column, x, g);
+          },
+          kd_ == 0 || hard_factor_ != 0, label_);
       if constexpr (D::slopes_sum_to_zero) {
         exchange_.sums(v);
         value = v[0];
@@ -457,15 +527,13 @@ class RowSweep {
 
   static constexpr float kRefineBelow = 0.005f;
 
-  struct Sums {
-    float value, slope;
-  };
   template <class AnyD>
-  __device__ Sums sums(const RowConstants<Math>& row, const AnyD& divergence, float pivot) {
+  __device__ __forceinline__ void sums(const RowConstants<Math>& row, const AnyD& divergence, float pivot, float& value,
+                                       float& slope) {
     float v[2] = {0, 0};
-    sweep<false, false>([&](const T* s, const T* t, int column) {
+    sweep<false, false>([&]<bool Special>(const T* s, const T* t, int column) {
       float x[G], y[G];
-      load(s, t, column, -__builtin_inff(), x, y);
+      load<Special>(s, t, column, -__builtin_inff(), x, y);
 #pragma unroll
       for (int i = 0; i < G; i++) {
         const auto c = Column<Math>::make(x[i], y[i], row);
@@ -473,15 +541,15 @@ class RowSweep {
       }
     });
     exchange_.sums(v);
-    return {v[0], v[1]};
+    value = v[0], slope = v[1];
   }
 
   // The student's most likely column.
-  __device__ Column<Math> top_column(const RowConstants<Math>& row) {
+  __device__ __forceinline__ Column<Math> top_column(const RowConstants<Math>& row) {
     float best = -__builtin_inff(), with = 0;
-    sweep<false, false>([&](const T* s, const T* t, int column) {
+    sweep<false, false>([&]<bool Special>(const T* s, const T* t, int column) {
       float x[G], y[G];
-      load(s, t, column, -__builtin_inff(), x, y);
+      load<Special>(s, t, column, -__builtin_inff(), x, y);
 #pragma unroll
       for (int i = 0; i < G; i++)
         if (x[i] > best) best = x[i], with = y[i];
@@ -501,13 +569,14 @@ class RowSweep {
   const RowProblem& p_;
   Ring<T> ring_;
   Exchange exchange_;
+  const FarD far_;
   const int threads_;
   int slot_ = 0;  // where this row begins in the ring
   uint32_t parity_ = 0;
   bool released_ = false;
   // Of this row: this block's columns, the row's first and last, counted from the 16-byte boundary before it.
   int begin_ = 0, columns_ = 0, low_ = 0, high_ = 0;
-  float inv_temperature_ = 1, scale_ = kLog2Ef;  // 1/T, log2(e)/T
+  float scale_ = kLog2Ef;  // log2(e)/T
   float kd_ = 0, ce_ = 0, hard_factor_ = 0, hard_reference_ = 0;
   int label_ = -1;
 };

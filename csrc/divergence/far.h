@@ -45,13 +45,14 @@ constexpr float kFarLargest = 1e18f;  // 2^60: where 2^-126 rounds q to 0, p = q
 template <template <class> class D, class Math>
 struct Far {
   static constexpr bool exists = false, from_kl = false, reads_reverse = false;
+  KD_INLINE Far(const float*) {}
 };
 
 template <class Math>
 struct Far<ForwardKL, Math> {
   using V = typename Math::V;
   static constexpr bool exists = true, from_kl = true, reads_reverse = false;
-  KD_INLINE Far(const double*) {}
+  KD_INLINE Far(const float*) {}
   KD_INLINE bool serves() const { return true; }
   float by_q = 1, by_p = 1;
   KD_INLINE void normalise(float of_q, float of_p) { by_q = of_q, by_p = of_p; }
@@ -67,7 +68,7 @@ template <class Math>
 struct Far<ReverseKL, Math> {
   using V = typename Math::V;
   static constexpr bool exists = true, from_kl = true, reads_reverse = true;
-  KD_INLINE Far(const double*) {}
+  KD_INLINE Far(const float*) {}
   KD_INLINE bool serves() const { return true; }
   float by_q = 1, by_p = 1;
   KD_INLINE void normalise(float of_q, float of_p) { by_q = of_q, by_p = of_p; }
@@ -84,7 +85,7 @@ struct Far<SymmetricKL, Math> {
   using V = typename Math::V;
   static constexpr bool exists = true, from_kl = true, reads_reverse = true;
   float weight;
-  KD_INLINE Far(const double* p) : weight(float(p[0])) {}
+  KD_INLINE Far(const float* p) : weight(p[0]) {}
   KD_INLINE bool serves() const { return true; }
   float by_q = 1, by_p = 1;
   KD_INLINE void normalise(float of_q, float of_p) { by_q = of_q, by_p = of_p; }
@@ -105,7 +106,7 @@ template <class Math>
 struct Far<TotalVariation, Math> {
   using V = typename Math::V;
   static constexpr bool exists = true, from_kl = false, reads_reverse = false;
-  KD_INLINE Far(const double*) {}
+  KD_INLINE Far(const float*) {}
   KD_INLINE bool serves() const { return true; }
   float by_q = 1, by_p = 1;
   KD_INLINE void normalise(float of_q, float of_p) { by_q = of_q, by_p = of_p; }
@@ -130,7 +131,7 @@ struct Far<JensenShannon, Math> {
   using V = typename Math::V;
   static constexpr bool exists = true, from_kl = false, reads_reverse = false;
   float beta, rest;
-  KD_INLINE Far(const double* p) : beta(float(p[0])), rest(float(1 - p[0])) {}
+  KD_INLINE Far(const float* p) : beta(p[0]), rest(1 - p[0]) {}
   KD_INLINE bool serves() const { return true; }
   float by_q = 1, by_p = 1;
   KD_INLINE void normalise(float of_q, float of_p) { by_q = of_q, by_p = of_p; }
@@ -157,7 +158,7 @@ struct Far<SkewForwardKL, Math> {
   using V = typename Math::V;
   static constexpr bool exists = true, from_kl = false, reads_reverse = false;
   float lam, rest;
-  KD_INLINE Far(const double* p) : lam(float(p[0])), rest(float(1 - p[0])) {}
+  KD_INLINE Far(const float* p) : lam(p[0]), rest(1 - p[0]) {}
   KD_INLINE bool serves() const { return true; }
   float by_q = 1, by_p = 1;
   KD_INLINE void normalise(float of_q, float of_p) { by_q = of_q, by_p = of_p; }
@@ -184,7 +185,7 @@ struct Far<SkewReverseKL, Math> {
   using V = typename Math::V;
   static constexpr bool exists = true, from_kl = false, reads_reverse = false;
   float lam, rest;
-  KD_INLINE Far(const double* p) : lam(float(p[0])), rest(float(1 - p[0])) {}
+  KD_INLINE Far(const float* p) : lam(p[0]), rest(1 - p[0]) {}
   KD_INLINE bool serves() const { return true; }
   float by_q = 1, by_p = 1;
   KD_INLINE void normalise(float of_q, float of_p) { by_q = of_q, by_p = of_p; }
@@ -212,8 +213,8 @@ struct Far<AlphaBeta, Math> {
   static constexpr bool exists = true, from_kl = false, reads_reverse = false;
   float alpha, beta;
   bool simple;
-  KD_INLINE Far(const double* p)
-      : alpha(float(p[0])), beta(float(p[1])), simple(p[0] + p[1] == 1 && p[0] > 0 && p[1] > 0) {}
+  KD_INLINE Far(const float* p)
+      : alpha(p[0]), beta(p[1]), simple(p[0] + p[1] == 1 && p[0] > 0 && p[1] > 0) {}
   KD_INLINE bool serves() const { return simple; }
   float by_q = 1, by_p = 1;
   KD_INLINE void normalise(float of_q, float of_p) { by_q = of_q, by_p = of_p; }
