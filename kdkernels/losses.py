@@ -125,9 +125,11 @@ def distillation_loss(
     backend = backends.choose(student_logits.device, student_logits.dtype, teacher.dtype)
     if backend == "reference":
         loss, stats = reference.loss_from(arguments)
-    else:
-        loss, stats = _fused(arguments, backend if backends.asked() else backends.AUTO, form_gradient, inplace)
-    return (loss, stats) if return_stats else loss
+        return (loss, stats) if return_stats else loss
+    loss, rows = _fused(arguments, backend if backends.asked() else backends.AUTO, form_gradient, inplace)
+    if not return_stats:
+        return loss
+    return loss, RowStats(rows[0], rows[1], rows[2], rows[3] if arguments.ce_weight > 0 else None)
 
 
 def _check_inplace(student: Tensor) -> None:
@@ -140,7 +142,8 @@ def _check_inplace(student: Tensor) -> None:
         raise ValueError("inplace=True cannot write to student_logits: expanded rows share their memory")
 
 
-def _fused(a: Arguments, backend: str, form_gradient: bool, inplace: bool) -> tuple[Tensor, RowStats]:
+def _fused(a: Arguments, backend: str, form_gradient: bool, inplace: bool) -> tuple[Tensor, Tensor]:
+    """The reduced loss, and the rows' statistics (4, ...)."""
     scale = _row_scale(a)
     with_ce = a.ce_weight > 0
     labels = a.labels if with_ce else None
@@ -159,8 +162,10 @@ def _fused(a: Arguments, backend: str, form_gradient: bool, inplace: bool) -> tu
         teacher_softcap=float(a.teacher_transform.softcap or 0),
         scale_gradient=not ops.scales_late(a.student),
     )
-    if inplace and form_gradient and not torch.compiler.is_compiling():
-        loss, stats = ops.InplaceRowLoss.apply(a.student, a.teacher, labels, scale, temperatures, backend, options)
+    if ops.plain_eager(a.student, a.teacher, labels, scale, temperatures):
+        loss, stats = ops.eager_row_loss(
+            a.student, a.teacher, labels, scale, temperatures, backend, options, form_gradient, inplace
+        )
     else:
         loss, stats, _ = ops.row_loss(
             a.student,
@@ -183,14 +188,16 @@ def _fused(a: Arguments, backend: str, form_gradient: bool, inplace: bool) -> tu
             form_gradient,
             True,
         )
-    if a.reduction != "none":
-        loss = loss.sum()
-    return loss, RowStats(stats[0], stats[1], stats[2], stats[3] if with_ce else None)
+    return loss if a.reduction == "none" else loss.sum(), stats
 
 
 def _row_scale(a: Arguments) -> Tensor:  # (...)
     """What a row's loss counts for in the result: its weight over the mean's denominator, 0 where it counts not."""
     dtype = torch.float64 if a.student.dtype == torch.float64 else torch.float32
+    rows = a.student.shape[:-1]
+    if a.labels is None and a.weight is None and not isinstance(a.normalizer, Tensor):
+        by = (rows.numel() if a.normalizer is None else a.normalizer) if a.reduction == "mean" else 1
+        return torch.full(rows, 1 / by if by else 0.0, dtype=dtype, device=a.student.device)
     scale = torch.ones(a.student.shape[:-1], dtype=dtype, device=a.student.device)
     if a.labels is not None:
         scale = (a.labels != a.ignore_index).to(dtype)

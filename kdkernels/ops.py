@@ -156,8 +156,21 @@ torch.library.register_autograd("kdkernels::row_loss", _backward, setup_context=
 row_loss = torch.ops.kdkernels.row_loss.default
 
 
-class InplaceRowLoss(torch.autograd.Function):
-    """row_loss with the gradient written over the student's logits. Eager only."""
+def plain_eager(*tensors: Tensor | None) -> bool:
+    """Whether nothing but autograd looks on: no compiler, tensor subclass, dispatch mode or function transform.
+
+    Then :class:`EagerRowLoss` computes the same as the registered operator, at a third of its overhead.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+class EagerRowLoss(torch.autograd.Function):
+    """row_loss for eager mode; its gradient is written to new memory, or over the student's logits."""
 
     @staticmethod
     def forward(
@@ -169,12 +182,14 @@ class InplaceRowLoss(torch.autograd.Function):
         temperatures: Tensor | None,
         backend: str,
         options: RowOptions,
+        inplace: bool,
     ) -> tuple[Tensor, Tensor]:
         loss, stats = _outputs(student, row_scale)
-        backends.row_loss(backend, student, teacher, labels, row_scale, temperatures, options, student, loss, stats)
-        # Whoever saved these logits for a backward of its own is told that they are gone.
-        torch.autograd.graph.increment_version(student)
-        ctx.save_for_backward(student, row_scale)
+        gradient = student if inplace else backends.sweep(backend, student.device).empty_gradient(student)
+        backends.row_loss(backend, student, teacher, labels, row_scale, temperatures, options, gradient, loss, stats)
+        if inplace:  # whoever saved these logits for a backward of its own is told that they are gone
+            torch.autograd.graph.increment_version(student)
+        ctx.save_for_backward(gradient, row_scale)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         ctx.late = scales_late(student)
@@ -185,8 +200,28 @@ class InplaceRowLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         of_loss = gradients[0]
         if of_loss is None:
-            return (None,) * 7
+            return (None,) * 8
         _refuse_double_backward()
-        student, row_scale = ctx.saved_tensors
+        gradient, row_scale = ctx.saved_tensors
         factors = _incoming(of_loss, row_scale, ctx.late)
-        return (_scaled(student.detach(), factors, ctx.backend, own=True), *(None,) * 6)
+        return (_scaled(gradient.detach(), factors, ctx.backend, own=True), *(None,) * 7)
+
+
+def eager_row_loss(
+    student: Tensor,  # (..., V_s)
+    teacher: Tensor,  # (..., V_t)
+    labels: Tensor | None,
+    row_scale: Tensor,
+    temperatures: Tensor | None,
+    backend: str,
+    options: RowOptions,
+    form_gradient: bool,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    """loss (...) and stats (4, ...)."""
+    if form_gradient:
+        loss, stats = EagerRowLoss.apply(student, teacher, labels, row_scale, temperatures, backend, options, inplace)
+        return loss, stats
+    loss, stats = _outputs(student, row_scale)
+    backends.row_loss(backend, student.detach(), teacher, labels, row_scale, temperatures, options, None, loss, stats)
+    return loss, stats

@@ -65,7 +65,8 @@ def check(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **opti
 @pytest.mark.parametrize("width", WIDTHS)
 def test_widths(backend, divergence, dtype, width):
     student, teacher = logits_pair(5 if width <= 1000 else 2, width, dtype=dtype)
-    check(student, teacher, divergence=divergence, reduction="sum")
+    # Of one column, the gradient is 0 up to the rounding of a probability of 1.
+    check(student, teacher, divergence=divergence, reduction="sum", floor=0.1 if width == 1 else 0.0)
 
 
 @ALL
@@ -88,8 +89,8 @@ def test_plans(plan, numbers, divergence, dtype):
     cluster, consumers, slot, blocks = numbers
     plan(cluster, consumers, slot // 2 if dtype == torch.float32 else slot, blocks)
     with backends.use("native"):
-        for width in (1003, 20000):
-            student, teacher = logits_pair(300, width, dtype=dtype)
+        for rows, width in ((300, 1003), (40, 20000)):
+            student, teacher = logits_pair(rows, width, dtype=dtype)
             check(student, teacher, divergence=divergence, temperature=1.3)
 
 
@@ -147,7 +148,8 @@ def test_extreme_logits(backend, divergence, dtype, scale):
     teacher[4, ::2] += 1.0
     if isinstance(divergence, kd.AlphaBeta) and min(divergence.alpha, divergence.beta) < 0:
         pytest.skip("a negative exponent of a probability of e^-1e4 exceeds fp32, as its value does")
-    check(student.to(dtype), teacher.to(dtype), divergence=divergence)
+    # Saturated rows: an error of 1e-8 of a probability stands against gradients of 0.
+    check(student.to(dtype), teacher.to(dtype), divergence=divergence, floor=1e-2)
 
 
 @ALL

@@ -42,7 +42,7 @@ struct alignas(16) Parcel {
 };
 
 struct ExchangeMemory {
-  static constexpr int kMaxWarps = 16, kMaxBlocks = 16;
+  static constexpr int kMaxWarps = 32, kMaxBlocks = 16;
   Parcel of_warps[kMaxWarps];
   float of_blocks[2][8][kMaxBlocks];  // two take turns: nobody sends again before everyone has read the last but one
   alignas(16) float broadcast[8];

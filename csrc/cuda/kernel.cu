@@ -8,7 +8,7 @@ namespace kdkernels::cuda {
 // consumers + 32 threads; the last warp copies. The bound leaves 112 registers a thread, so that two blocks of 256
 // consumers fit a multiprocessor.
 template <class T, template <class> class Divergence>
-__global__ void __launch_bounds__(kMaxConsumers + 64, 1) row_cluster(const __grid_constant__ ClusterProblem problem) {
+__global__ void __launch_bounds__(kMaxConsumers + 32, 1) row_cluster(const __grid_constant__ ClusterProblem problem) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ __align__(8) uint64_t full[kMaxSlots], empty[kMaxSlots];
   __shared__ RowHeader headers[kMaxSlots];

@@ -7,7 +7,10 @@
 
 namespace kdkernels::cuda {
 
-constexpr int kMaxConsumers = 512;
+#ifndef KD_CONSUMERS
+#define KD_CONSUMERS 512
+#endif
+constexpr int kMaxConsumers = KD_CONSUMERS;
 
 // The kernel's address, for the launch functions of the runtime.
 template <class T, template <class> class Divergence>

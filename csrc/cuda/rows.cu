@@ -69,10 +69,10 @@ const void* kernel_of(DType dtype, int divergence) {
 
 int group(const RowProblem& p) { return int(16 / bytes_per_element(p.student.dtype)); }
 
-// Columns of a block's share, counted from the 16-byte boundary before the row.
+// Columns of a block's share, counted from the 16-byte boundary before the row: what whole warps take at a time.
 int64_t share(const RowProblem& p, int cluster) {
-  const int64_t g = group(p), columns = p.vocab_size + g - 1;
-  return ((columns + cluster - 1) / cluster + g - 1) / g * g;
+  const int64_t of_warp = 32 * group(p), columns = p.vocab_size + group(p) - 1;
+  return ((columns + cluster - 1) / cluster + of_warp - 1) / of_warp * of_warp;
 }
 
 constexpr int kStaticShared = sizeof(ExchangeMemory) + (2 * sizeof(uint64_t) + sizeof(RowHeader)) * kMaxSlots + 256;  // with room for alignment
@@ -173,7 +173,7 @@ void row_loss(const RowProblem& p, const Plan& plan, void* stream) {
   if (p.rows == 0) return;
   const Device d = current_device();
   if (plan.cluster < 1 || plan.cluster > 16 || plan.consumers % 32 || plan.consumers < 32 ||
-      plan.consumers > kMaxConsumers || plan.slot_columns < plan.consumers * group(p) || !fits(d, p, plan))
+      plan.consumers > kMaxConsumers || plan.slot_columns < plan.consumers * group(p) || plan.slot_columns % (32 * group(p)) || !fits(d, p, plan))
     throw std::invalid_argument("kdkernels: this problem does not fit the plan asked for");
   ClusterProblem problem{p, end_of(p.student), end_of(p.teacher), int(share(p, plan.cluster)), plan.slot_columns,
                          slots(d, p, plan), float(p.kd_weight), float(p.ce_weight), float(p.temperature),

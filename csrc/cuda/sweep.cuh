@@ -39,7 +39,7 @@ __device__ inline bool is_positive_finite(float x) { return x > 0 && x < __built
 
 // What comes of a row's first sweep, worked out by one warp for everyone. References are whole numbers near the largest
 // logits, so that their differences are exact.
-enum class Turn : int { again, nan, far, everywhere };
+enum class Turn : int { nan, far, everywhere };
 struct RowNumbers {
   Turn turn;
   float student_reference, teacher_reference;
@@ -167,15 +167,18 @@ class RowSweep {
       if constexpr (Wait) barrier_wait(ring_.full_barrier(slot), parity);
       const int n = min(ring_.slot_columns, columns_ - at), mine = int(threadIdx.x) * G, step = threads_ * G;
       const T *student = ring_.student(slot) + mine, *teacher = ring_.teacher(slot) + mine;
-      int column = begin_ + at + mine;
-      const int first = begin_ + at, end = first + n;
-      const bool special = always_special || first < low_ || end == high_ && high_ % G != 0 || unsigned(special_column - first) < unsigned(n);
+      const int first = begin_ + at;
+      int column = first + mine;
+      limit_ = first + n;
+      const int last = limit_ + exchange_.lane * G;  // whole warps take each turn
+      const bool special =
+          always_special || first < low_ || n % (32 * G) != 0 || unsigned(special_column - first) < unsigned(n);
       if (!special) {
 #pragma unroll 2
-        for (; column < end; column += step, student += step, teacher += step)
+        for (; column < last; column += step, student += step, teacher += step)
           f.template operator()<false>(student, teacher, column);
       } else {
-        for (; column < end; column += step, student += step, teacher += step)
+        for (; column < last; column += step, student += step, teacher += step)
           f.template operator()<true>(student, teacher, column);
       }
       if constexpr (Release) {
@@ -196,10 +199,10 @@ class RowSweep {
       if (edge(column)) {
 #pragma unroll
         for (int i = 0; i < G; i++)
-          if (column + i < low_ || column + i >= high_) x[i] = padding, y[i] = padding;
+          if (column + i < low_ || column + i >= limit_) x[i] = padding, y[i] = padding;
       }
   }
-  __device__ __forceinline__ bool edge(int column) const { return column < low_ || column + G > high_; }
+  __device__ __forceinline__ bool edge(int column) const { return column < low_ || column + G > limit_; }
 
   // Every slot of the row is the producer's again, and the next row begins after it.
   __device__ void finish_row() {
@@ -235,82 +238,83 @@ class RowSweep {
     }
   }
 
-  // ---- Statistics
-  // References guessed from the first columns a warp sees: fp32 has the range for a guess that is 60 nats off. Where it is
-  // further off, the sums show it, and the row is swept again for its exact maxima.
-  __device__ __forceinline__ Turn statistics(bool bad, bool hard) {
-    float student = kPadding, teacher = kPadding;
-    const int j = int(threadIdx.x) * G;
-    if (j < min(ring_.slot_columns, columns_)) {
-      float x[G], y[G];
-      load<true>(ring_.student(slot_) + j, ring_.teacher(slot_) + j, begin_ + j, kPadding, x, y);
-#pragma unroll
-      for (int i = 0; i < G; i++) student = fmaxf(student, x[i]), teacher = fmaxf(teacher, y[i]);
-    }
-    student = rintf(warp_max(student)), teacher = rintf(warp_max(teacher));
-    const Turn turn = hard ? statistics_from<true, true>(student, teacher, bad, true)
-                           : statistics_from<true, false>(student, teacher, bad, true);
-    if (turn != Turn::again) return turn;
-    const Apart apart = statistics_apart(*this, bad);
-    exchange_.count = apart.exchanges;
-    return apart.turn;
-  }
-
   // ---- What few rows take is a function of its own, on a copy: in the others it costs no registers.
   struct Apart {
     float value;
-    Turn turn;
     int exchanges;
     bool released;
   };
-  static __device__ __noinline__ Apart statistics_apart(RowSweep self, bool bad) {
-    const Turn turn = self.statistics_by_maxima(bad);
-    return {0, turn, self.exchange_.count, self.released_};
-  }
   static __device__ __noinline__ Apart everywhere_apart(RowSweep self, float inv_temperature, float folded_ce, T* gradient) {
     const float value = self.run_everywhere(self.row_numbers(), inv_temperature, folded_ce, gradient);
-    return {value, Turn::everywhere, self.exchange_.count, self.released_};
+    return {value, self.exchange_.count, self.released_};
   }
 
-  __device__ __forceinline__ Turn statistics_by_maxima(bool bad) {
-    float student, teacher;
-    student = teacher = -__builtin_inff();
-    sweep<false, false>([&]<bool Special>(const T* s, const T* t, int column) {
+  // ---- Statistics
+  __device__ __forceinline__ Turn statistics(bool bad, bool hard) {
+    return hard ? statistics_with<true>(bad) : statistics_with<false>(bad);
+  }
+
+  // A warp's references are guessed from the first columns it sees, and raised where exponentials exceed 2^10: fp32 has
+  // the range for more, but a large exponent is a rounded one.
+  template <bool Hard>
+  __device__ __forceinline__ Turn statistics_with(bool bad) {
+    float a = kPadding, b = kPadding;  // the references, of student and teacher
+    limit_ = begin_ + min(ring_.slot_columns, columns_);
+    const int j = int(threadIdx.x) * G;
+    if (begin_ + j < limit_) {
       float x[G], y[G];
-      load<Special>(s, t, column, -__builtin_inff(), x, y);
+      load<true>(ring_.student(slot_) + j, ring_.teacher(slot_) + j, begin_ + j, kPadding, x, y);
 #pragma unroll
-      for (int i = 0; i < G; i++) student = fmaxf(student, x[i]), teacher = fmaxf(teacher, y[i]);
-    });
-    float unused = 0;
-    exchange_.top(student, unused), exchange_.top(teacher, unused);
-    return statistics_from<false, true>(rintf(student), rintf(teacher), bad, false);
-  }
-
-  template <bool Wait, bool Hard>
-  __device__ __forceinline__ Turn statistics_from(float student_reference, float teacher_reference, bool bad, bool first) {
+      for (int i = 0; i < G; i++) a = fmaxf(a, x[i]), b = fmaxf(b, y[i]);
+    }
+    a = rintf(warp_max(a)), b = rintf(warp_max(b));
     // With whole-number references both models share one constant, and their difference is nearly x - its mean.
-    const float origin = teacher_reference - student_reference;
-    const float k = scale_, constant = student_reference * k, hard_constant = student_reference * kLog2Ef;
-    float v[4] = {0, 0, 0, 0}, h[1] = {0};
-    sweep<Wait, false>([&]<bool Special>(const T* s, const T* t, int column) {
-      float x[G], y[G];
+    const float k = scale_;
+    float origin = b - a, constant = a * k;
+    float v[4] = {0, 0, 0, 0}, odd_forward = 0, odd_reverse = 0, h = 0;
+    sweep<true, false>([&]<bool Special>(const T* s, const T* t, int column) {
+      float x[G], y[G], e[G], f[G];
       load<Special>(s, t, column, kPadding, x, y);
+      auto exponentials = [&] {
+#pragma unroll
+        for (int i = 0; i < G; i++)
+          e[i] = Math::exp2(fmaf(x[i], k, -constant)), f[i] = Math::exp2(fmaf(y[i] - origin, k, -constant));
+      };
+      exponentials();
+      float student = pairwise(e), teacher = pairwise(f);
+      if (__any_sync(kAllLanes, fmaxf(student, teacher) > 1024)) {
+        v[2] += odd_forward, v[3] += odd_reverse, odd_forward = 0, odd_reverse = 0;
+        raise(x, y, a, b, v, h);
+        origin = b - a, constant = a * k;
+        exponentials();
+        student = pairwise(e), teacher = pairwise(f);
+      }
+      v[0] += student, v[1] += teacher;
 #pragma unroll
       for (int i = 0; i < G; i++) {
-        const float moved = y[i] - origin, difference = moved - x[i];
-        const float e = Math::exp2(fmaf(x[i], k, -constant)), f = Math::exp2(fmaf(moved, k, -constant));
-        v[0] += e, v[1] += f;
-        v[2] = fmaf(f, difference, v[2]);
-        if constexpr (FarD::reads_reverse) v[3] = fmaf(e, difference, v[3]);
-        if constexpr (Hard) h[0] += Math::exp2(fmaf(x[i], kLog2Ef, -hard_constant));
+        const float difference = (y[i] - origin) - x[i];
+        float& forward = i % 2 ? odd_forward : v[2];  // two chains: an addition need not wait for the last
+        forward = fmaf(f[i], difference, forward);
+        if constexpr (FarD::reads_reverse) {
+          float& reverse = i % 2 ? odd_reverse : v[3];
+          reverse = fmaf(e[i], difference, reverse);
+        }
+      }
+      if constexpr (Hard) {
+#pragma unroll
+        for (int i = 0; i < G; i++) e[i] = Math::exp2((x[i] - a) * kLog2Ef);
+        h += pairwise(e);
       }
     });
+    v[2] += odd_forward, v[3] += odd_reverse;
+    const float student_reference = a, teacher_reference = b;
     const float of_warp = warp_sums(v, exchange_.lane);
     Parcel parcel;
 #pragma unroll
     for (int i = 0; i < 4; i++) parcel.v[i] = __shfl_sync(kAllLanes, of_warp, i * 8);
     parcel.v[4] = student_reference, parcel.v[5] = teacher_reference;
-    if constexpr (Hard) parcel.v[6] = warp_sums(h, exchange_.lane);
+    float of_hard[1] = {h};
+    if constexpr (Hard) parcel.v[6] = warp_sums(of_hard, exchange_.lane);
     parcel = exchange_.gather(parcel);
     if (exchange_.leads()) {
       Sums sums = add_up(parcel, exchange_.lane < exchange_.warps, true);
@@ -325,11 +329,35 @@ class RowSweep {
         parcel = exchange_.template across<8>(mine);
         sums = add_up(parcel, exchange_.lane < exchange_.blocks, false);
       }
-      const RowNumbers n = numbers(sums, bad, first, Hard);
+      const RowNumbers n = numbers(sums, bad, Hard);
       if (exchange_.lane == 0) row_numbers() = n;
     }
     exchange_.broadcast();
     return row_numbers().turn;
+  }
+
+  static __device__ __forceinline__ float pairwise(const float (&v)[G]) {
+    if constexpr (G == 8)
+      return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+    else
+      return (v[0] + v[1]) + (v[2] + v[3]);
+  }
+
+  // New references from a warp's columns, and its sums so far moved onto them.
+  __device__ __forceinline__ void raise(const float (&x)[G], const float (&y)[G], float& a, float& b, float (&v)[4],
+                                        float& h) const {
+    float student = a, teacher = b;
+#pragma unroll
+    for (int i = 0; i < G; i++) student = fmaxf(student, x[i]), teacher = fmaxf(teacher, y[i]);
+    student = rintf(warp_max(student)), teacher = rintf(warp_max(teacher));
+    // The constant fl(a·k) is rounded; its sums keep the new one's rounding.
+    const float rounding = fmaf(student, scale_, -(student * scale_)) - fmaf(a, scale_, -(a * scale_));
+    const float by_student = Math::exp2((a - student) * scale_ + rounding);
+    const float by_teacher = Math::exp2((b - teacher) * scale_ + rounding);
+    const float moved = (b - a) - (teacher - student);
+    v[2] = fmaf(moved, v[1], v[2]) * by_teacher, v[3] = fmaf(moved, v[0], v[3]) * by_student;
+    v[0] *= by_student, v[1] *= by_teacher, h *= Math::exp2((a - student) * kLog2Ef);
+    a = student, b = teacher;
   }
 
   // Parts of a row, one a lane, to the sums of them all. `of_warps`: the constant of a warp's reference r is fl(r·k), and
@@ -344,8 +372,7 @@ class RowSweep {
     const float by_teacher = counts ? Math::exp2((b - sums.teacher_reference) * scale_ - rounding) : 0;
     float v[4] = {part.v[0] * by_student, part.v[1] * by_teacher, fmaf(moved, part.v[1], part.v[2]) * by_teacher,
                   fmaf(moved, part.v[0], part.v[3]) * by_student};
-    const float hard_rounding = of_warps ? fmaf(a, kLog2Ef, -(a * kLog2Ef)) : 0;
-    float h[1] = {counts ? part.v[6] * Math::exp2((a - sums.student_reference) * kLog2Ef - hard_rounding) : 0};
+    float h[1] = {counts ? part.v[6] * Math::exp2((a - sums.student_reference) * kLog2Ef) : 0};
     const float total = warp_sums(v, exchange_.lane);
     sums.student = __shfl_sync(kAllLanes, total, 0), sums.teacher = __shfl_sync(kAllLanes, total, 8);
     sums.forward = __shfl_sync(kAllLanes, total, 16), sums.reverse = __shfl_sync(kAllLanes, total, 24);
@@ -353,14 +380,14 @@ class RowSweep {
     return sums;
   }
 
-  __device__ RowNumbers numbers(const Sums& sums, bool bad, bool first, bool hard) const {
+  __device__ RowNumbers numbers(const Sums& sums, bool bad, bool hard) const {
     RowNumbers n;
     const float hard_sum = hard ? sums.hard : sums.student;
     const float max_gap = sums.teacher_reference - sums.student_reference;
     const bool usable = is_positive_finite(sums.student) && is_positive_finite(sums.teacher) &&
                         is_positive_finite(hard_sum) && isfinite(max_gap);
-    n.turn = bad ? Turn::nan : usable ? Turn::everywhere : first ? Turn::again : Turn::nan;
-    if (n.turn != Turn::everywhere) return n;
+    n.turn = usable && !bad ? Turn::everywhere : Turn::nan;
+    if (n.turn == Turn::nan) return n;
     // Three logarithms and reciprocals at once, a lane each.
     const int lane = exchange_.lane;
     const float which = lane == 0 ? sums.student : lane == 1 ? sums.teacher : hard_sum;
@@ -411,14 +438,14 @@ class RowSweep {
       value = far.value(n.forward_kl, n.reverse_kl);
       slope_sum = far.slope_sum(n.forward_kl, n.reverse_kl);
     } else {
-      FarSums<Math> sums = {0, 0, 0};
+      FarSums<Math> sums = {0, 0, 0}, odd = {0, 0, 0};
       sweep<false, false>([&]<bool Special>(const T* s, const T* t, int column) {
         float x[G], y[G];
         load<Special>(s, t, column, kPadding, x, y);
 #pragma unroll
-        for (int i = 0; i < G; i++) far.add(FarColumn<Math>(x[i], y[i], row), sums);
+        for (int i = 0; i < G; i++) far.add(FarColumn<Math>(x[i], y[i], row), i % 2 ? odd : sums);
       });
-      float v[4] = {sums.value, sums.slope, sums.largest, 0};
+      float v[4] = {sums.value + odd.value, sums.slope + odd.slope, sums.largest + odd.largest, 0};
       exchange_.sums(v);
       sums = {v[0], v[1], v[2]};
       value = far.value(sums), slope_sum = far.slope_sum(sums);
@@ -465,7 +492,7 @@ class RowSweep {
       } else {
 #pragma unroll
         for (int i = 0; i < G; i++)
-          if (column + i >= low_ && column + i < high_) out[column + i] = narrow<T>(g[i]);
+          if (column + i >= low_ && column + i < limit_) out[column + i] = narrow<T>(g[i]);
       }
     }
   }
@@ -575,7 +602,8 @@ class RowSweep {
   uint32_t parity_ = 0;
   bool released_ = false;
   // Of this row: this block's columns, the row's first and last, counted from the 16-byte boundary before it.
-  int begin_ = 0, columns_ = 0, low_ = 0, high_ = 0;
+  int begin_ = 0, columns_ = 0, low_ = 0, high_ = 0, limit_ = 0;  // limit_: the end of the slot being swept
+
   float scale_ = kLog2Ef;  // log2(e)/T
   float kd_ = 0, ce_ = 0, hard_factor_ = 0, hard_reference_ = 0;
   int label_ = -1;

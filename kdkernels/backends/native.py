@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -121,6 +122,11 @@ def _few_dims(logits: Tensor) -> Tensor:
     return logits if len(row_layout(logits)[0]) <= _built().max_row_dims else logits.contiguous()
 
 
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """The tensors' device as the current one; most often it is."""
+    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
 def _logits(kernels: ModuleType, logits: Tensor, logit_scale: float, softcap: float) -> Any:
     sizes, strides = row_layout(logits)
     return kernels.Logits(
@@ -179,11 +185,11 @@ def row_loss(
         gradient_strides=gradient_strides,
     )
     if student.device.type == "cuda":
-        with torch.cuda.device(student.device):
+        with _on(student.device):
             reason = str(kernels.cuda_why_not_rows(problem))
             if reason:
                 return reason
-            stream = torch.cuda.current_stream().cuda_stream
+            stream = torch.cuda.current_stream(student.device).cuda_stream
             kernels.cuda_row_loss(problem, stream=stream, plan=cuda_plan)
     else:
         kernels.cpu_row_loss(problem, threads=torch.get_num_threads())
@@ -216,8 +222,8 @@ def scale_rows(
             stride == 0 or size == 1 for size, stride in zip(factors.shape, factors.stride(), strict=True)
         )
         factors = factors if one_for_all else factors.contiguous()
-        with torch.cuda.device(values.device):
-            stream = torch.cuda.current_stream().cuda_stream
+        with _on(values.device):
+            stream = torch.cuda.current_stream(values.device).cuda_stream
             _built().cuda_scale_rows(
                 **call, factors=factors.data_ptr(), factor_stride=0 if one_for_all else 1, stream=stream
             )
