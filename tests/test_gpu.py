@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from checks import DIVERGENCES, against_reference, assert_near, logits_pair
@@ -439,7 +441,10 @@ def test_no_synchronisation_with_the_host(backend):
         (2.0 * kd.distillation_loss(leaf, teacher, labels, return_stats=True, **options)[0]).backward()
 
     step()
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that this mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         step()
     finally:

@@ -1,9 +1,11 @@
-// Totals over a row: from every thread of every block of the cluster to every thread of it.
+// Totals over a row: from every consumer thread of every block of the cluster to every one of them, without making them
+// wait for each other.
 //
-// Warps add up their lanes by shuffles and leave the sums in shared memory; the block's first warp adds those up, sends
-// the block's to the other blocks of the cluster through distributed shared memory, onto a barrier that counts bytes, and
-// adds up what comes from them. So each number is worked out by one warp of a block, not by all, and there is no barrier
-// of the whole cluster. The order of every addition is fixed.
+// Consumer warps add up their lanes by shuffles, leave the sums in shared memory and go on. One warp of the block does
+// nothing but totals: it adds up what the warps left, sends the block's sums to the other blocks through distributed
+// shared memory onto a barrier that counts bytes, adds up what comes from them, and signals that the result is there.
+// Consumers wait only where they need it, which is after they have worked on another row. The order of every addition is
+// fixed.
 #pragma once
 #include "ptx.cuh"
 
@@ -36,118 +38,96 @@ __device__ __forceinline__ float warp_max(float x) {
   return __int_as_float(bits ^ (bits >> 31 & 0x7fffffff));
 }
 
-// Eight floats from everyone to the first warp: sums, and two numbers that go with them.
+// The largest x of a warp and the y that came with it, in every lane.
+__device__ __forceinline__ void warp_top(float& x, float& y) {
+  const float largest = warp_max(x);
+  const unsigned has = __ballot_sync(kAllLanes, x == largest);
+  y = __shfl_sync(kAllLanes, y, has ? __ffs(has) - 1 : 0);
+  x = largest;
+}
+
 struct alignas(16) Parcel {
   float v[8] = {};
 };
 
-struct ExchangeMemory {
-  static constexpr int kMaxWarps = 32, kMaxBlocks = 16;
-  Parcel of_warps[kMaxWarps];
-  float of_blocks[2][8][kMaxBlocks];  // two take turns: nobody sends again before everyone has read the last but one
-  alignas(16) float broadcast[8];
-  alignas(16) unsigned char row[128];  // what a row's first sweep found (sweep.cuh), kept while the row is worked on
-  uint64_t barriers[2];
+enum class Wanted : int { statistics, sums, top, nothing_more };
+
+// What consumers want done with their parcels.
+struct Request {
+  Wanted what;
+  int buffer;      // of the row's numbers
+  bool is_value;   // the first sum is the row's divergence
+  // Of a row whose statistics these are.
+  bool hard;
+  int label;
+  uint32_t row;
+  float scale, temperature;
 };
 
+struct ExchangeMemory {
+  static constexpr int kMaxWarps = 16, kMaxBlocks = 16, kInFlight = 4;
+  Parcel of_warps[kInFlight][kMaxWarps];
+  Parcel result[kInFlight];
+  Request request[kInFlight];
+  float of_warps_total[8];
+  float of_blocks[2][8][kMaxBlocks];  // two take turns: nobody sends again before everyone has read the last but one
+  alignas(16) unsigned char numbers[2][128];  // RowNumbers (totals.cuh) of the rows in flight
+  uint64_t posted[kInFlight], ready[kInFlight], sent[2];
+
+  __device__ void init(int warps) {
+    for (uint64_t& barrier : posted) barrier_init(shared_address(&barrier), warps);
+    for (uint64_t& barrier : ready) barrier_init(shared_address(&barrier), 1);
+    for (uint64_t& barrier : sent) barrier_init(shared_address(&barrier), 1);
+  }
+};
+
+// A consumer warp's side.
 struct Exchange {
   ExchangeMemory* memory;
-  int blocks, warps, rank, warp, lane;
+  int warps, warp, lane;
   int count = 0;
 
-  __device__ bool leads() const { return warp == 0; }
-
-  // Everyone's parcel to the first warp, lane i of which returns warp i's; the other warps return at once.
-  __device__ __forceinline__ Parcel gather(const Parcel& mine) const {
-    if (lane == 0) memory->of_warps[warp] = mine;
-    __syncwarp();
-    Parcel theirs;
-    if (leads()) {
-      block_barrier_wait(1, warps * 32);
-      if (lane < warps) theirs = memory->of_warps[lane];
-    } else {
-      block_barrier_arrive(1, warps * 32);
-    }
-    return theirs;
-  }
-
-  // By the first warp: value i is in lane i·32/N, …; lane i returns those of block i.
+  // Leaves the warp's sums, of which lane l holds value l / (32 / N); returns the number to wait for.
   template <int N>
-  __device__ __forceinline__ Parcel across(float mine) {
-    constexpr int group = 32 / N;
-    const int b = count & 1;
-    const uint32_t barrier = shared_address(&memory->barriers[b]);
-    const uint32_t to = shared_address(&memory->of_blocks[b][lane / group][rank]);
-    for (int block = lane % group; block < blocks; block += group)
-      store_remote(address_in(to, block), mine, address_in(barrier, block));
-    if (lane == 0) barrier_arrive_expecting(barrier, N * blocks * 4);
-    barrier_wait_cluster(barrier, count >> 1 & 1);
-    count++;
-    Parcel theirs;
-    if (lane < blocks)
-#pragma unroll
-      for (int i = 0; i < N; i++) theirs.v[i] = memory->of_blocks[b][i][lane];
-    return theirs;
+  __device__ __forceinline__ int post_sums(float of_warp, const Request& request) {
+    const int b = count % ExchangeMemory::kInFlight;
+    if (lane % (32 / N) == 0) memory->of_warps[b][warp].v[lane / (32 / N)] = of_warp;
+    return post(request);
   }
-
-  // What the first warp wrote for everyone has reached everyone.
-  __device__ __forceinline__ void broadcast() const {
+  __device__ __forceinline__ int post(const Request& request) {
+    const int b = count % ExchangeMemory::kInFlight;
+    if (threadIdx.x == 0) memory->request[b] = request;
     __syncwarp();
-    block_barrier_wait(2, warps * 32);
+    if (lane == 0) barrier_arrive(shared_address(&memory->posted[b]));
+    return count++;
+  }
+  __device__ __forceinline__ Parcel& mine() const { return memory->of_warps[count % ExchangeMemory::kInFlight][warp]; }
+
+  __device__ __forceinline__ const Parcel& wait(int number) const {
+    const int b = number % ExchangeMemory::kInFlight;
+    barrier_wait(shared_address(&memory->ready[b]), number / ExchangeMemory::kInFlight & 1);
+    return memory->result[b];
   }
 
-  // Sums over everyone, in everyone.
+  // Sums over everyone, at once.
   template <int N>
-  __device__ __forceinline__ void sums(float (&v)[N]) {
-    constexpr int group = 32 / N;
+  __device__ __forceinline__ void sums(float (&v)[N], bool is_value, int buffer) {
     const float of_warp = warp_sums(v, lane);
-    Parcel parcel;
+    Request request{};
+    request.what = Wanted::sums, request.is_value = is_value, request.buffer = buffer;
+    const Parcel& result = wait(post_sums<N>(of_warp, request));
 #pragma unroll
-    for (int i = 0; i < N; i++) parcel.v[i] = __shfl_sync(kAllLanes, of_warp, i * group);
-    parcel = gather(parcel);
-    if (leads()) {
-#pragma unroll
-      for (int i = 0; i < N; i++) v[i] = parcel.v[i];
-      float total = warp_sums(v, lane);
-      if (blocks > 1) {
-        parcel = across<N>(total);
-#pragma unroll
-        for (int i = 0; i < N; i++) v[i] = parcel.v[i];
-        total = warp_sums(v, lane);
-      }
-      if (lane % group == 0) memory->broadcast[lane / group] = total;
-    }
-    broadcast();
-#pragma unroll
-    for (int i = 0; i < N; i++) v[i] = memory->broadcast[i];
+    for (int i = 0; i < N; i++) v[i] = result.v[i];
   }
 
-  // The largest x of everyone, and the y that came with it, in everyone.
+  // The largest x of everyone, and the y that came with it, at once.
   __device__ __forceinline__ void top(float& x, float& y) {
-    keep_top(x, y);
-    Parcel parcel;
-    parcel.v[0] = x, parcel.v[1] = y;
-    parcel = gather(parcel);
-    if (leads()) {
-      x = lane < warps ? parcel.v[0] : -__builtin_inff(), y = parcel.v[1];
-      keep_top(x, y);
-      if (blocks > 1) {
-        parcel = across<2>(lane < 16 ? x : y);
-        x = lane < blocks ? parcel.v[0] : -__builtin_inff(), y = parcel.v[1];
-        keep_top(x, y);
-      }
-      if (lane == 0) memory->broadcast[0] = x, memory->broadcast[1] = y;
-    }
-    broadcast();
-    x = memory->broadcast[0], y = memory->broadcast[1];
-  }
-
- private:
-  static __device__ __forceinline__ void keep_top(float& x, float& y) {
-    const float largest = warp_max(x);
-    const unsigned has = __ballot_sync(kAllLanes, x == largest);
-    y = __shfl_sync(kAllLanes, y, has ? __ffs(has) - 1 : 0);
-    x = largest;
+    warp_top(x, y);
+    if (lane == 0) mine().v[0] = x, mine().v[1] = y;
+    Request request{};
+    request.what = Wanted::top;
+    const Parcel& result = wait(post(request));
+    x = result.v[0], y = result.v[1];
   }
 };
 

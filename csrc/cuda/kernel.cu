@@ -5,16 +5,15 @@
 
 namespace kdkernels::cuda {
 
-// consumers + 32 threads; the last warp copies. The bound leaves 112 registers a thread, so that two blocks of 256
-// consumers fit a multiprocessor.
+// consumers + 64 threads: the last warp but one copies, the last adds up totals.
 template <class T, template <class> class Divergence>
-__global__ void __launch_bounds__(kMaxConsumers + 32, 1) row_cluster(const __grid_constant__ ClusterProblem problem) {
+__global__ void __launch_bounds__(kMaxConsumers + 64, 1) row_cluster(const __grid_constant__ ClusterProblem problem) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ __align__(8) uint64_t full[kMaxSlots], empty[kMaxSlots];
   __shared__ RowHeader headers[kMaxSlots];
   __shared__ ExchangeMemory exchange_memory;
   const int blocks = int(cluster_size()), rank = int(cluster_rank());
-  const int warps = int(blockDim.x) / 32 - 1, warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  const int warps = int(blockDim.x) / 32 - 2, warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   const uint32_t first_row = blockIdx.x / blocks, row_step = gridDim.x / blocks;
 
   Ring<T> ring;
@@ -22,20 +21,22 @@ __global__ void __launch_bounds__(kMaxConsumers + 32, 1) row_cluster(const __gri
   ring.headers = headers;
   ring.full = shared_address(full), ring.empty = shared_address(empty);
   ring.slot_columns = problem.slot_columns, ring.count = problem.slots;
-  const Exchange exchange{&exchange_memory, blocks, warps, rank, warp, lane};
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < ring.count; i++) barrier_init(ring.full_barrier(i), 1), barrier_init(ring.empty_barrier(i), warps);
-    for (uint64_t& barrier : exchange_memory.barriers) barrier_init(shared_address(&barrier), 1);
+    exchange_memory.init(warps);
     barrier_init_fence();
   }
   __syncthreads();
   cluster_sync();
-  if (warp == warps) {
+  if (warp < warps) {
+    const Exchange exchange{&exchange_memory, warps, warp, lane};
+    RowSweep<T, Divergence>(problem, ring, exchange, blocks, rank).consume(first_row, row_step);
+  } else if (warp == warps) {
     if (lane == 0) ring.produce(problem, first_row, row_step, rank * problem.share);
     __syncwarp();
   } else {
-    RowSweep<T, Divergence>(problem, ring, exchange).consume(first_row, row_step);
+    Totals<T, Divergence>(problem, &exchange_memory, blocks, rank, warps, lane).serve();
   }
   cluster_sync();  // no block leaves while another may still store into it
 }

@@ -21,6 +21,7 @@ struct ClusterProblem {
   // The problem's doubles as the kernel computes with them.
   float kd_weight, ce_weight, temperature, parameters[2];
   bool with_ce, scale_by_temperature, scale_gradient;
+  bool ahead;  // the ring holds a row and the next
 };
 
 // Row numbers fit 32 bits here, and dividing by 32-bit numbers is what a GPU can afford.

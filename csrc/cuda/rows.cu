@@ -84,8 +84,13 @@ int slots(const Device& d, const RowProblem& p, const Plan& plan) {
   return int(std::clamp<int64_t>(room / slot, 0, kMaxSlots));
 }
 
+// Slots that a block's share of a row takes.
+int chunks(const RowProblem& p, const Plan& plan) {
+  return int((share(p, plan.cluster) + plan.slot_columns - 1) / plan.slot_columns);
+}
+
 bool fits(const Device& d, const RowProblem& p, const Plan& plan) {
-  return share(p, plan.cluster) <= int64_t(slots(d, p, plan)) * plan.slot_columns;
+  return chunks(p, plan) <= slots(d, p, plan);
 }
 
 bool has_gradient(const RowProblem& p) { return p.gradient != nullptr; }
@@ -159,12 +164,15 @@ Plan plan(const RowProblem& p) {
   const Shape* shape = wide ? wide_shapes : narrow_shapes;
   while (p.vocab_size > shape->up_to) shape++;
   Plan plan{0, shape->consumers, shape->slot_columns, shape->blocks_per_sm};
-  // The smallest cluster that holds a row; a larger one where rows are too few to fill the chip.
+  // The smallest cluster that holds a row and the next, or else a row; a larger one where rows are too few to fill the chip.
+  bool ahead = false;
   for (int cluster = 1; cluster <= 16; cluster *= 2) {
     Plan wider = plan;
     wider.cluster = cluster;
     if (!fits(d, p, wider)) continue;
-    if (plan.cluster == 0 || (p.rows * cluster <= d.multiprocessors && share(p, cluster) >= 2048)) plan.cluster = cluster;
+    const bool holds_two = chunks(p, wider) * 2 <= slots(d, p, wider);
+    const bool few_rows = p.rows * cluster <= d.multiprocessors && share(p, cluster) >= 2048;
+    if (plan.cluster == 0 || (holds_two && !ahead) || few_rows) plan.cluster = cluster, ahead = ahead || holds_two;
   }
   return plan;
 }
@@ -178,7 +186,7 @@ void row_loss(const RowProblem& p, const Plan& plan, void* stream) {
   ClusterProblem problem{p, end_of(p.student), end_of(p.teacher), int(share(p, plan.cluster)), plan.slot_columns,
                          slots(d, p, plan), float(p.kd_weight), float(p.ce_weight), float(p.temperature),
                          {float(p.parameters[0]), float(p.parameters[1])}, p.ce_weight != 0, p.scale_by_temperature,
-                         p.scale_gradient};
+                         p.scale_gradient, chunks(p, plan) * 2 <= slots(d, p, plan)};
   const void* kernel = kernel_of(p.student.dtype, p.divergence);
   const int64_t slot_bytes = 2 * plan.slot_columns * bytes_per_element(p.student.dtype);
 
@@ -186,7 +194,7 @@ void row_loss(const RowProblem& p, const Plan& plan, void* stream) {
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {unsigned(plan.cluster), 1, 1};
   cudaLaunchConfig_t config{};
-  config.blockDim = dim3(unsigned(plan.consumers) + 32);
+  config.blockDim = dim3(unsigned(plan.consumers) + 64);
   config.gridDim = dim3(unsigned(plan.cluster));
   config.dynamicSmemBytes = size_t(problem.slots * slot_bytes);
   config.stream = static_cast<cudaStream_t>(stream);

@@ -38,7 +38,13 @@ struct FarSums {
   typename Math::V value, slope;
   typename Math::V largest;  // stays under kFarLargest where 2^D was safe to use
 };
-constexpr float kFarLargest = 1e18f;  // 2^60: where 2^-126 rounds q to 0, p = q·2^D counts for nothing either
+// 2^60: where q rounds to 0 at 2^-126, p = q·2^D counts for nothing either.
+constexpr float kFarLargest = 1e18f;
+
+template <class Math>
+KD_INLINE bool far_sums_hold(const FarSums<Math>& sums, float value, float floor) {
+  return value >= floor && value < 1e30f && sums.largest < kFarLargest && Math::abs(sums.slope) < 1e30f;
+}
 
 // The rounding of the row's log2-normalisers leaves the probabilities off by a factor; `normalise` takes it into the
 // row's own factors. `exists`: there is a short form. `from_kl`: no sums sweep. `floor`: the least value it is accurate for.
@@ -56,6 +62,7 @@ struct Far<ForwardKL, Math> {
   KD_INLINE bool serves() const { return true; }
   float by_q = 1, by_p = 1;
   KD_INLINE void normalise(float of_q, float of_p) { by_q = of_q, by_p = of_p; }
+  KD_INLINE bool trusts(const FarSums<Math>& sums, float value) const { return far_sums_hold(sums, value, floor()); }
   KD_INLINE float floor() const { return 0.25f; }
   KD_INLINE float value(float forward, float) const { return forward; }
   KD_INLINE float slope_sum(float, float) const { return 0; }
@@ -72,6 +79,7 @@ struct Far<ReverseKL, Math> {
   KD_INLINE bool serves() const { return true; }
   float by_q = 1, by_p = 1;
   KD_INLINE void normalise(float of_q, float of_p) { by_q = of_q, by_p = of_p; }
+  KD_INLINE bool trusts(const FarSums<Math>& sums, float value) const { return far_sums_hold(sums, value, floor()); }
   KD_INLINE float floor() const { return 0.25f; }
   KD_INLINE float value(float, float reverse) const { return reverse; }
   KD_INLINE float slope_sum(float, float reverse) const { return reverse; }
@@ -89,6 +97,7 @@ struct Far<SymmetricKL, Math> {
   KD_INLINE bool serves() const { return true; }
   float by_q = 1, by_p = 1;
   KD_INLINE void normalise(float of_q, float of_p) { by_q = of_q, by_p = of_p; }
+  KD_INLINE bool trusts(const FarSums<Math>& sums, float value) const { return far_sums_hold(sums, value, floor()); }
   KD_INLINE float floor() const { return 0.25f; }
   KD_INLINE float value(float forward, float reverse) const { return (1 - weight) * forward + weight * reverse; }
   KD_INLINE float slope_sum(float, float reverse) const { return weight * reverse; }
@@ -110,6 +119,7 @@ struct Far<TotalVariation, Math> {
   KD_INLINE bool serves() const { return true; }
   float by_q = 1, by_p = 1;
   KD_INLINE void normalise(float of_q, float of_p) { by_q = of_q, by_p = of_p; }
+  KD_INLINE bool trusts(const FarSums<Math>& sums, float value) const { return far_sums_hold(sums, value, floor()); }
   KD_INLINE float floor() const { return 0.05f; }
   KD_INLINE V sign(const FarColumn<Math>& c) const {  // of q - p
     return Math::greater_one(Math::set(0), c.ratio) - Math::greater_one(c.ratio, Math::set(0));
@@ -135,6 +145,7 @@ struct Far<JensenShannon, Math> {
   KD_INLINE bool serves() const { return true; }
   float by_q = 1, by_p = 1;
   KD_INLINE void normalise(float of_q, float of_p) { by_q = of_q, by_p = of_p; }
+  KD_INLINE bool trusts(const FarSums<Math>& sums, float value) const { return far_sums_hold(sums, value, floor()); }
   KD_INLINE float floor() const { return 0.25f * beta * rest; }
   KD_INLINE void add(const FarColumn<Math>& c, FarSums<Math>& sums) const {
     const V e = Math::exp2(c.ratio), weighted = beta * e, r = weighted + rest, l = Math::log2(r);
@@ -162,6 +173,7 @@ struct Far<SkewForwardKL, Math> {
   KD_INLINE bool serves() const { return true; }
   float by_q = 1, by_p = 1;
   KD_INLINE void normalise(float of_q, float of_p) { by_q = of_q, by_p = of_p; }
+  KD_INLINE bool trusts(const FarSums<Math>& sums, float value) const { return far_sums_hold(sums, value, floor()); }
   KD_INLINE float floor() const { return 0.25f * rest * rest; }
   KD_INLINE void add(const FarColumn<Math>& c, FarSums<Math>& sums) const {
     const V e = Math::exp2(c.ratio), r = Math::fma(lam, e, rest);
@@ -189,6 +201,7 @@ struct Far<SkewReverseKL, Math> {
   KD_INLINE bool serves() const { return true; }
   float by_q = 1, by_p = 1;
   KD_INLINE void normalise(float of_q, float of_p) { by_q = of_q, by_p = of_p; }
+  KD_INLINE bool trusts(const FarSums<Math>& sums, float value) const { return far_sums_hold(sums, value, floor()); }
   KD_INLINE float floor() const { return 0.25f * rest * rest; }
   KD_INLINE void add(const FarColumn<Math>& c, FarSums<Math>& sums) const {
     const V e = Math::exp2(c.ratio), r = Math::fma(rest, e, lam);
@@ -218,6 +231,7 @@ struct Far<AlphaBeta, Math> {
   KD_INLINE bool serves() const { return simple; }
   float by_q = 1, by_p = 1;
   KD_INLINE void normalise(float of_q, float of_p) { by_q = of_q, by_p = of_p; }
+  KD_INLINE bool trusts(const FarSums<Math>& sums, float value) const { return far_sums_hold(sums, value, floor()); }
   KD_INLINE float floor() const { return 0.1f / (alpha * beta); }
   KD_INLINE float by_product() const { return 1 + alpha * (by_p - 1) + beta * (by_q - 1); }  // both are near 1
   KD_INLINE V product(const FarColumn<Math>& c) const { return Math::exp2(Math::fma(alpha, c.t, beta * c.s)); }
