@@ -24,8 +24,8 @@ class Plan(NamedTuple):
     SCALE_GRADIENT: bool
     STUDENT_TRANSFORM: str  # "none", "scale" or "softcap"
     TEACHER_TRANSFORM: str
-    # "aligned": rows of all tensors start at 16 bytes. "shifted": they start equally many columns after that, so blocks
-    # start there. "none": neither.
+    # "aligned": rows of all tensors start at 16 bytes, and end there. "shifted": they start equally many columns after
+    # 16 bytes; blocks start there. "none": neither.
     ALIGNMENT: str
     DIMS: int  # leading dimensions, 1 to 4
     BLOCK: int
@@ -167,15 +167,33 @@ def edge(i, rows, P: tl.constexpr):
 
 
 @triton.jit
-def fold(x):
-    """A block's sums per lane."""
-    return tl.sum(tl.reshape(x, (x.shape[0] // CHUNK, CHUNK)), axis=1)
+def _lanes(x, P: tl.constexpr):
+    """A block's columns by lane (as a load deals them out, so that folding needs no exchange)."""
+    if P.ALIGNMENT == "none":
+        return tl.reshape(x, (CHUNK, P.BLOCK // CHUNK))
+    else:
+        return tl.reshape(x, (P.BLOCK // CHUNK, CHUNK))
 
 
 @triton.jit
-def fold_max(x):
+def fold(x, P: tl.constexpr):
+    """A block's sums per lane."""
+    return tl.sum(_lanes(x, P), axis=0 if P.ALIGNMENT == "none" else 1)
+
+
+@triton.jit
+def fold_max(x, P: tl.constexpr):
     """A block's maxima per lane."""
-    return tl.max(tl.reshape(x, (x.shape[0] // CHUNK, CHUNK)), axis=1)
+    return tl.max(_lanes(x, P), axis=0 if P.ALIGNMENT == "none" else 1)
+
+
+@triton.jit
+def lane_column(lane, i, P: tl.constexpr):
+    """The i-th of the CHUNK columns that a lane holds of a block."""
+    if P.ALIGNMENT == "none":
+        return i * (P.BLOCK // CHUNK) + lane
+    else:
+        return lane * CHUNK + i
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Elementary functions of the Triton kernels, each accurate relative to its own size; csrc/cpu/vector.h has their twins."""
+"""Elementary functions of the Triton kernels, each accurate relative to its own size, as csrc/cpu/vector.h."""
 
 import os
 

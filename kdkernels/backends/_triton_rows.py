@@ -23,6 +23,7 @@ from kdkernels.backends._triton_columns import (
     fold,
     fold_max,
     inside,
+    lane_column,
     logits,
     rounded,
     row_offset,
@@ -37,7 +38,7 @@ from kdkernels.backends._triton_divergences import (
     student_minus_teacher,
     student_probability,
 )
-from kdkernels.backends._triton_math import LN2, LOG2E, exp2, sum2, sum4, two_product, two_sum
+from kdkernels.backends._triton_math import LOG2E, exp2, sum2, sum4, two_product, two_sum
 
 __all__ = ["Plan", "row_kernel"]
 
@@ -79,10 +80,10 @@ def _maxima(rows, P: tl.constexpr):
     """The largest logit of both models; 0 where it is no number."""
     student_top = tl.full((P.BLOCK // CHUNK,), float("-inf"), tl.float32)
     teacher_top = student_top
-    for i in range(0, tl.cdiv(rows[3], P.BLOCK)):
+    for i in range(tl.cdiv(rows[3], P.BLOCK)):
         x, y, _ = logits(rows, i * P.BLOCK + tl.arange(0, P.BLOCK), True, P)
-        student_top = tl.maximum(student_top, fold_max(x))
-        teacher_top = tl.maximum(teacher_top, fold_max(y))
+        student_top = tl.maximum(student_top, fold_max(x, P))
+        teacher_top = tl.maximum(teacher_top, fold_max(y, P))
     student_top = tl.max(student_top, axis=0)
     teacher_top = tl.max(teacher_top, axis=0)
     return tl.where(_is_finite(student_top), student_top, 0.0), tl.where(_is_finite(teacher_top), teacher_top, 0.0)
@@ -103,15 +104,15 @@ def _statistics_block(rows, columns, sums, refs, log2_scale, EDGE: tl.constexpr,
     q = exp2(u)
     p = exp2((y - teacher_ref) * log2_scale)
     gap = _log_ratio(x, y, teacher_ref - student_ref)
-    student_sum += fold(q)
-    teacher_sum += fold(p)
-    teacher_gap += fold(p * gap)
+    student_sum += fold(q, P)
+    teacher_sum += fold(p, P)
+    teacher_gap += fold(p * gap, P)
     if P.DIVERGENCE != "forward_kl":
-        top = tl.maximum(top, fold_max(u))
+        top = tl.maximum(top, fold_max(u, P))
         if P.PLAIN == "linear":
-            student_gap += fold(q * gap)
+            student_gap += fold(q * gap, P)
     if P.OWN_HARD_SUM:
-        hard_sum += fold(exp2((x - student_ref) * LOG2E))
+        hard_sum += fold(exp2((x - student_ref) * LOG2E), P)
     return student_sum, teacher_sum, teacher_gap, student_gap, hard_sum, top
 
 
@@ -122,7 +123,7 @@ def _statistics(rows, refs, log2_scale, P: tl.constexpr):
     sums = (zero, zero, zero, zero, zero, zero + float("-inf"))
     for i in tl.range(0, blocks_inside(rows, P), num_stages=P.STAGES):
         sums = _statistics_block(rows, inside(i, rows, False, P), sums, refs, log2_scale, False, P)
-    for i in range(0, blocks_at_edges(rows, P)):
+    for i in range(blocks_at_edges(rows, P)):
         sums = _statistics_block(rows, edge(i, rows, P), sums, refs, log2_scale, True, P)
     student_sum, teacher_sum, teacher_gap, student_gap, hard_sum, top = sums
     student_sum, teacher_sum, teacher_gap, student_gap = sum4(student_sum, teacher_sum, teacher_gap, student_gap)
@@ -158,13 +159,13 @@ def _plain_sums_block(rows, columns, sums, refs, scales, a, b, EDGE: tl.constexp
     x, y, _ = logits(rows, columns, EDGE, P)
     u = (x - student_ref) * log2_scale
     if P.PLAIN == "power":
-        value += fold(exp2(a * ((y - teacher_ref) * log2_scale) + b * u))
+        value += fold(exp2(a * ((y - teacher_ref) * log2_scale) + b * u), P)
     else:
         log2_ratio = _log_ratio(x, y, teacher_ref - student_ref) * log2_scale - log2_gap
         q = exp2(u + BIAS)
         unit_value, unit_slope = plain(log2_ratio, a, tl.constexpr(P.DIVERGENCE))
-        value += fold(q * unit_value)
-        slope += fold(q * unit_slope)
+        value += fold(q * unit_value, P)
+        slope += fold(q * unit_slope, P)
     return value, slope
 
 
@@ -172,7 +173,7 @@ def _plain_sums_block(rows, columns, sums, refs, scales, a, b, EDGE: tl.constexp
 def _plain_sums(rows, refs, scales, a, b, P: tl.constexpr):
     zero = tl.zeros((P.BLOCK // CHUNK,), tl.float32)
     sums = (zero, zero)
-    for i in range(0, blocks_at_edges(rows, P)):
+    for i in range(blocks_at_edges(rows, P)):
         sums = _plain_sums_block(rows, edge(i, rows, P), sums, refs, scales, a, b, True, P)
     for i in tl.range(0, blocks_inside(rows, P), num_stages=P.STAGES):
         sums = _plain_sums_block(rows, inside(i, rows, True, P), sums, refs, scales, a, b, False, P)
@@ -207,7 +208,7 @@ def _plain_gradient_block(
 @triton.jit
 def _plain_gradient(rows, gradient, refs, scales, factors, ce, a, b, P: tl.constexpr):
     REVERSE: tl.constexpr = P.PLAIN == "linear"
-    for i in range(0, blocks_at_edges(rows, P)):
+    for i in range(blocks_at_edges(rows, P)):
         _plain_gradient_block(rows, edge(i, rows, P), gradient, refs, scales, factors, ce, a, b, True, P)
     for i in tl.range(0, blocks_inside(rows, P), num_stages=P.STAGES):
         columns = inside(i, rows, REVERSE, P)
@@ -222,10 +223,10 @@ def _refinement(rows, constants, P: tl.constexpr):
     """sum q - p: by how much the teacher's log-normaliser is too large against the student's."""
     total = tl.zeros((P.BLOCK // CHUNK,), tl.float32)
     number = tl.cdiv(rows[3], P.BLOCK)
-    for i in range(0, number):
+    for i in range(number):
         columns = (number - 1 - i) * P.BLOCK + tl.arange(0, P.BLOCK)
         x, y, _ = logits(rows, columns, True, P)
-        total += fold(student_minus_teacher(column(x, y, constants)))
+        total += fold(student_minus_teacher(column(x, y, constants)), P)
     return tl.sum(total, axis=0)
 
 
@@ -240,7 +241,7 @@ def _pivot(rows, constants, top, a, b, P: tl.constexpr):
     for block in range(0, tl.cdiv(rows[3], P.BLOCK), 32):
         # The columns of that lane in 32 blocks.
         j = tl.arange(0, 32 * CHUNK)
-        columns = (block + j // CHUNK) * P.BLOCK + lane * CHUNK + j % CHUNK
+        columns = (block + j // CHUNK) * P.BLOCK + lane_column(lane, j % CHUNK, P)
         x, y, _ = logits(rows, columns, True, P)
         c = column(x, y, constants)
         _, h, _ = accurate(c, 0.0, a, b, constants, tl.constexpr(P.DIVERGENCE))
@@ -256,14 +257,14 @@ def _sums_block(rows, columns, sums, constants, pivot, a, b, EDGE: tl.constexpr,
     x, y, _ = logits(rows, columns, EDGE, P)
     c = column(x, y, constants)
     v, _, s = accurate(c, pivot, a, b, constants, tl.constexpr(P.DIVERGENCE))
-    return value + fold(v), slope + fold(s)
+    return value + fold(v, P), slope + fold(s, P)
 
 
 @triton.jit
 def _sums(rows, constants, pivot, a, b, P: tl.constexpr):
     zero = tl.zeros((P.BLOCK // CHUNK,), tl.float32)
     sums = (zero, zero)
-    for i in range(0, blocks_at_edges(rows, P)):
+    for i in range(blocks_at_edges(rows, P)):
         sums = _sums_block(rows, edge(i, rows, P), sums, constants, pivot, a, b, True, P)
     for i in tl.range(0, blocks_inside(rows, P), num_stages=P.STAGES):
         sums = _sums_block(rows, inside(i, rows, True, P), sums, constants, pivot, a, b, False, P)
@@ -280,7 +281,7 @@ def _gradient_block(
     v, _, s = accurate(c, pivot, a, b, constants, tl.constexpr(P.DIVERGENCE))
     g = by_slope * s
     if P.DIVERGENCE == "forward_kl":
-        value += fold(v)
+        value += fold(v, P)
         if P.LABELS:
             g += by_q * student_probability(c)
     else:
@@ -294,7 +295,7 @@ def _gradient(rows, gradient, constants, pivot, factors, ce, a, b, P: tl.constex
     """Writes the gradient; returns the sum of the values where that is known no sooner."""
     REVERSE: tl.constexpr = P.DIVERGENCE == "forward_kl"
     value = tl.zeros((P.BLOCK // CHUNK,), tl.float32)
-    for i in range(0, blocks_at_edges(rows, P)):
+    for i in range(blocks_at_edges(rows, P)):
         columns = edge(i, rows, P)
         value = _gradient_block(rows, columns, gradient, value, constants, pivot, factors, ce, a, b, True, P)
     for i in tl.range(0, blocks_inside(rows, P), num_stages=P.STAGES):
@@ -306,7 +307,7 @@ def _gradient(rows, gradient, constants, pivot, factors, ce, a, b, P: tl.constex
 @triton.jit
 def _hard_gradient(rows, gradient, student_ref, by_q, ce, P: tl.constexpr):
     """The cross-entropy's gradient alone."""
-    for i in range(0, tl.cdiv(rows[3], P.BLOCK)):
+    for i in range(tl.cdiv(rows[3], P.BLOCK)):
         columns = i * P.BLOCK + tl.arange(0, P.BLOCK)
         x, _, derivative = logits(rows, columns, True, P)
         g = tl.zeros((P.BLOCK,), tl.float32)
@@ -574,7 +575,7 @@ def scale_kernel(
     work = ROWS
     if IN_PLACE:
         work = tl.max((given != 1.0).to(tl.int32), axis=0) * ROWS
-    for i in range(0, work):
+    for i in range(work):
         row = first + i
         if row < number_of_rows:
             factor = tl.load(factors + row * factor_stride)

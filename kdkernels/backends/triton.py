@@ -82,7 +82,7 @@ def _padded(numbers: list[int], fill: int) -> list[int]:
     return numbers + [fill] * (MAX_DIMS - len(numbers))
 
 
-def _alignment(tensors: list[Tensor], strides: list[list[int]]) -> tuple[str, int]:
+def _alignment(tensors: list[Tensor], strides: list[list[int]], vocab_size: int) -> tuple[str, int]:
     """How rows lie to 16 bytes (see Plan), and how many columns after that the first one starts."""
     starts = {tensor.data_ptr() % 16 // tensor.element_size() for tensor in tensors}
     # An fp32 tensor's 8 columns are 32 bytes; 16 are as good.
@@ -90,7 +90,9 @@ def _alignment(tensors: list[Tensor], strides: list[list[int]]) -> tuple[str, in
     if len(starts) > 1 or len(fits) > 1 or any(tensor.data_ptr() % tensor.element_size() for tensor in tensors):
         return "none", 0
     start = starts.pop()
-    return ("aligned", 0) if start == 0 and not any(fits.pop()) else ("shifted", start)
+    # 16, not 8: that is what Triton looks for in vocab_size by itself.
+    aligned = start == 0 and not any(fits.pop()) and vocab_size % 16 == 0
+    return ("aligned", 0) if aligned else ("shifted", start)
 
 
 @functools.cache
@@ -142,7 +144,7 @@ def row_loss(
         target = None if gradient is None else student if gradient is given else torch.empty_like(student)
         sizes, strides = _layout(student, teacher, student if target is None else target)
     tensors = [student, teacher, student if target is None else target]
-    alignment, misalignment = _alignment(tensors, strides)
+    alignment, misalignment = _alignment(tensors, strides, options.vocab_size)
     name = _triton_divergences.kernel_name(options.divergence, options.parameters)
     with_ce = options.ce_weight != 0
     block = _block(options.vocab_size)
