@@ -25,13 +25,24 @@ LABELS = torch.tensor([3, -100, 99])
 
 @pytest.fixture(autouse=True)
 def _triton(monkeypatch):
-    from triton.runtime.interpreter import InterpretedFunction
-
     monkeypatch.setattr(triton, "BLOCKS", [(2**31, BLOCK)])
-    # A kernel's call of a function otherwise patches triton.language once more than its launch did, for most of the time.
-    monkeypatch.setattr(InterpretedFunction, "__call__", lambda self, *a, **k: self.rewrite()(*a, **k))
+    _patch_once(monkeypatch)
     with backends.use("triton"):
         yield
+
+
+def _patch_once(monkeypatch, patched=set()):  # noqa: B006
+    """Triton's interpreter patches triton.language at every call of a function: once a module is enough."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+    def call(self, *args, **options):
+        module = self.fn.__module__
+        if module not in patched:
+            patched.add(module)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **options)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
 
 
 def gradient_of(student, teacher, labels=None, **options):
