@@ -12,7 +12,7 @@ from kdkernels.backends.native import RowOptions
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(triton.why_not(CPU) is not None, reason=str(triton.why_not(CPU)))
 
-BLOCK = 512  # so that 1300 columns are two blocks and a part
+BLOCK = 512  # so that 1301 columns are two blocks and a part
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALL = pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
 # One of each way through the kernels: no sums; sums from the statistics; sums of their own; a power sum; no plain form.
@@ -52,19 +52,21 @@ def gradient_of(student, teacher, labels=None, **options):
     return loss.detach(), leaf.grad
 
 
-# 1 and 7: less than a lane's columns; 1024: whole blocks; 1300: a part of one; 1301: rows of every alignment.
 @ALL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("width", [7, 1301])
-def test_every_divergence(divergence, dtype, width):
-    student, teacher = logits_pair(2, width, dtype=dtype)
+def test_every_divergence(divergence, dtype):
+    student, teacher = logits_pair(2, 1301, dtype=dtype)
     against_reference(student, teacher, divergence=divergence, reduction="sum")
 
 
+# 1 and 7: less than a lane's columns; 1024: whole blocks; 1296: a part of one, in whole lanes; 1301: neither.
 @EACH_KIND
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [1, 1024, 1300])
-def test_widths(divergence, dtype, width):
+@pytest.mark.parametrize(
+    ("width", "dtype"),
+    [(1, torch.float32), (7, torch.bfloat16), (1024, torch.float16), (1296, torch.bfloat16), (1301, torch.float16)],
+    ids=str,
+)
+def test_widths(divergence, width, dtype):
     student, teacher = logits_pair(2, width, dtype=dtype)
     against_reference(student, teacher, divergence=divergence, reduction="sum")
 
@@ -115,9 +117,9 @@ def test_a_shift_of_all_logits_changes_nothing(divergence, shift):
 @pytest.mark.parametrize("scale", [30.0, 1e4])
 def test_extreme_logits(divergence, scale):
     generator = torch.Generator().manual_seed(0)
-    student, teacher = (scale * (2 * torch.rand(4, 513, generator=generator) - 1) for _ in range(2))
-    teacher[2:] = student[2:]
-    teacher[3, ::2] += 1.0
+    student, teacher = (scale * (2 * torch.rand(3, 513, generator=generator) - 1) for _ in range(2))
+    teacher[1:] = student[1:]
+    teacher[2, ::2] += 1.0
     if isinstance(divergence, kd.AlphaBeta) and min(divergence.alpha, divergence.beta) < 0:
         pytest.skip("a negative exponent of a probability of e^-1e4 exceeds fp32, as its value does")
     against_reference(student, teacher, divergence=divergence)
@@ -136,8 +138,8 @@ def test_a_token_far_above_the_rest(divergence):
 @ALL
 def test_tokens_masked_in_both_models_contribute_nothing(divergence):
     for dtype in (torch.float32, torch.bfloat16):
-        student, teacher = logits_pair(2, 1003, dtype=dtype)
-        masked = [*range(40), 700, 1001, 1002]
+        student, teacher = logits_pair(1, 603, dtype=dtype)
+        masked = [*range(40), 400, 601, 602]
         student[:, masked] = teacher[:, masked] = -torch.inf
         against_reference(student, teacher, divergence=divergence)
         _, gradient = gradient_of(student, teacher, divergence=divergence)
@@ -146,8 +148,8 @@ def test_tokens_masked_in_both_models_contribute_nothing(divergence):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_sided_masks(dtype):
-    student, teacher = logits_pair(2, 1003, dtype=dtype)
-    teacher[:, [4, 1002]] = -torch.inf
+    student, teacher = logits_pair(1, 603, dtype=dtype)
+    teacher[:, [4, 602]] = -torch.inf
     against_reference(student, teacher, divergence="forward_kl")
     assert kd.distillation_loss(student, teacher, divergence="reverse_kl").item() == torch.inf
     student[:, [3, 8]] = -torch.inf
@@ -161,7 +163,7 @@ def test_one_sided_masks(dtype):
 @EACH_KIND
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nan_stays_in_its_row(divergence, dtype):
-    for side, column in ((0, 0), (0, 602), (1, 300)):
+    for side, column in ((0, 602), (1, 300)):
         pair = logits_pair(3, 603, dtype=dtype)
         pair[side][1, column] = torch.nan
         loss, gradient = gradient_of(*pair, divergence=divergence, reduction="none")
@@ -288,12 +290,11 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-@pytest.mark.parametrize("width", [603, 608])
-def test_views_are_read_where_they_lie(view, width):
-    for dtype in (torch.float32, torch.bfloat16):
-        student, teacher = logits_pair(2, 3, width, dtype=dtype)
-        against_reference(view(student), view(teacher), divergence="reverse_kl", reduction="sum")
-        against_reference(view(student), view(teacher).contiguous(), reduction="sum")
+@pytest.mark.parametrize(("width", "dtype"), [(603, torch.bfloat16), (608, torch.float32)], ids=str)
+def test_views_are_read_where_they_lie(view, width, dtype):
+    student, teacher = logits_pair(2, 3, width, dtype=dtype)
+    against_reference(view(student), view(teacher), divergence="reverse_kl", reduction="sum")
+    against_reference(view(student), view(teacher).contiguous(), reduction="sum")
 
 
 def test_four_runs_of_rows_and_more():
@@ -303,8 +304,9 @@ def test_four_runs_of_rows_and_more():
     cut = (slice(None, 2),) * 5
     base = student.clone().requires_grad_()
     kd.distillation_loss((base * 1)[cut], teacher[cut], inplace=True).backward()
-    _, gradient = gradient_of(student[cut], teacher[cut])
-    assert torch.equal(base.grad[cut], gradient)
+    with backends.use("native"):
+        _, gradient = gradient_of(student[cut], teacher[cut])
+    assert_near("gradient", base.grad[cut], gradient, 1e-6)
 
 
 @EACH_KIND

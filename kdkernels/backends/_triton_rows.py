@@ -310,7 +310,7 @@ def _hard_gradient(rows, gradient, student_ref, by_q, ce, P: tl.constexpr):
     for i in range(tl.cdiv(rows[3], P.BLOCK)):
         columns = i * P.BLOCK + tl.arange(0, P.BLOCK)
         x, _, derivative = logits(rows, columns, True, P)
-        g = tl.zeros((P.BLOCK,), tl.float32)
+        g = tl.full((P.BLOCK,), 0.0, tl.float32)
         if P.LABELS and not P.OWN_HARD_SUM:
             g = by_q * exp2((x - student_ref) * LOG2E)
         _finish(g, x, derivative, columns, rows, gradient, ce, True, P)
