@@ -144,7 +144,7 @@ def _skew_forward_kl(d, teacher_larger, larger, e, em, phi, pivot, lam):
     w = tl.where(teacher_larger, rest, lam) * em
     log1p, chi = log1p_and_chi(w)
     value = larger * tl.where(teacher_larger, chi, psi(-tl.abs(d), e, phi) + chi - em * log1p)
-    h = rest * tl.where(teacher_larger, w, -rest * em) / (1.0 + w)
+    h = rest * tl.where(teacher_larger, w, -rest * em) * reciprocal(1.0 + w)
     return value, h, _times_student(_student(teacher_larger, larger, e), h - pivot)
 
 
@@ -154,7 +154,11 @@ def _skew_reverse_kl(d, teacher_larger, larger, e, em, phi, pivot, lam):
     w = tl.where(teacher_larger, lam, rest) * em
     log1p, chi = log1p_and_chi(w)
     value = larger * tl.where(teacher_larger, psi(-tl.abs(d), e, phi) + chi - em * log1p, chi)
-    h = tl.where(teacher_larger, -d, 0.0) - log1p - lam * (tl.where(teacher_larger, rest * em, -w) / (1.0 + w))
+    h = (
+        tl.where(teacher_larger, -d, 0.0)
+        - log1p
+        - lam * (tl.where(teacher_larger, rest * em, -w) * reciprocal(1.0 + w))
+    )
     return value, h, _times_student(_student(teacher_larger, larger, e), h - pivot)
 
 
@@ -176,20 +180,20 @@ def _alpha_beta_from_larger(k, other, mine, OTHER_ZERO: tl.constexpr, MINE_ZERO:
         return 0.5 * k * k
     elif OTHER_ZERO:
         _, _, phi = _power(mine, k)
-        return phi / (mine * mine)
+        return phi * (1.0 / (mine * mine))
     elif SUM_ZERO:
         _, _, phi = _power(other, k)
-        return phi / (other * other)
+        return phi * (1.0 / (other * other))
     elif MINE_ZERO:
         e, _, phi = _power(other, k)
-        return psi(other * k, e, phi) / (other * other)
+        return psi(other * k, e, phi) * (1.0 / (other * other))
     else:
         _, other_em, other_phi = _power(other, k)
         _, both_em, both_phi = _power(other + mine, k)
         ratio = other / (other + mine)
         # Near 0 the linear parts cancel exactly; far from it e^x - 1 stays finite.
         near, far = ratio * both_phi - other_phi, ratio * both_em - other_em
-        return tl.where(k > -1.0, near, far) / (other * mine)
+        return tl.where(k > -1.0, near, far) * (1.0 / (other * mine))
 
 
 @triton.jit
@@ -218,8 +222,8 @@ def _alpha_beta(
     else:
         _, a_em, _ = _power(a, k)
         c_e, c_em, _ = _power(a + b, k)
-        of_student = -a_em / a
-        of_teacher = tl.where(k > -1.0, c_em - b_em, c_e - b_e) / a
+        of_student = a_em * (-1.0 / a)
+        of_teacher = tl.where(k > -1.0, c_em - b_em, c_e - b_e) * (1.0 / a)
     unit_slope = tl.where(teacher_larger, of_teacher, of_student)
     if SUM_ONE:
         # The pivot comes off before the product, and is exactly 0 at its own column.

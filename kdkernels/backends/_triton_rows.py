@@ -346,7 +346,7 @@ def _divergence(rows, gradient, refs, scales, sums, top, kd, ce, a, b, by_ce, P:
     log2_scale, inv_temperature = scales
     student_sum, teacher_sum, teacher_gap, student_gap = sums
     inv_student_sum, inv_teacher_sum = 1.0 / student_sum, 1.0 / teacher_sum
-    log_ratio = tl.log(teacher_sum * inv_student_sum)
+    log_ratio = tl.log(tl.div_rn(teacher_sum, student_sum))  # exactly 0 where the sums are the same
     forward = teacher_gap * inv_teacher_sum * inv_temperature - log_ratio  # KL(p || q)
     WRITES: tl.constexpr = P.GRADIENT and P.DIVERGENCE_IN_GRADIENT
 

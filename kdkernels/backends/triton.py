@@ -29,6 +29,7 @@ BLOCKS = [(1024, 1024), (4096, 2048), (65536, 4096)]
 LARGEST_BLOCK = 8192
 STAGES = 1
 LANE_COLUMNS = 8
+REGISTERS = 64  # of an NVIDIA GPU, where 1024 threads a multiprocessor can have as many
 SCALE_BLOCK = 4096
 SCALE_PROGRAMS = 512  # about four a multiprocessor
 
@@ -106,8 +107,12 @@ def _block(vocab_size: int) -> int:
     return next((block for largest, block in BLOCKS if vocab_size <= largest), LARGEST_BLOCK)
 
 
-def _warps(block: int, device: torch.device) -> int:
-    return max(1, min(block // LANE_COLUMNS, 1024) // _warp_size(device))
+def _launch(block: int, device: torch.device) -> dict[str, int]:
+    """How a kernel is compiled for a device, beside its own constants."""
+    options = {"num_warps": max(1, min(block // LANE_COLUMNS, 1024) // _warp_size(device))}
+    if device.type == "cuda" and torch.version.cuda:
+        options["maxnreg"] = REGISTERS
+    return options
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -194,7 +199,7 @@ def row_loss(
             *_padded(sizes, 1)[1:],
             *(stride for of in strides for stride in _padded(of, 0)),
             plan,
-            num_warps=_warps(block, student.device),
+            **_launch(block, student.device),
         )
     if gradient is not None and target is not None and (target is not gradient):
         gradient.copy_(target)
@@ -231,5 +236,5 @@ def scale_rows(
             IN_PLACE=values.data_ptr() == out.data_ptr(),
             ROWS=rows_each,
             BLOCK=SCALE_BLOCK,
-            num_warps=_warps(SCALE_BLOCK, values.device),
+            **_launch(SCALE_BLOCK, values.device),
         )
