@@ -5,9 +5,12 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from kdkernels.backends._triton_math import INTERPRETED, exponential
+from kdkernels.backends._triton_math import INTERPRETED, LOG2E, exp2, exponential
 
 CHUNK: tl.constexpr = tl.constexpr(8)  # columns a lane takes at a time; 16 bytes of a 16-bit type
+
+# What stands for a log-ratio of -inf, such that 0·LEAST is 0.
+LEAST = tl.constexpr(-1e30)
 
 
 class Plan(NamedTuple):
@@ -202,3 +205,23 @@ def fill(gradient, begin, end, number, P: tl.constexpr):
     for i in range(begin // P.BLOCK, tl.cdiv(end, P.BLOCK)):
         columns = i * P.BLOCK + tl.arange(0, P.BLOCK)
         write(gradient, columns, begin, end, tl.full((P.BLOCK,), number, tl.float32), True, P)
+
+
+@triton.jit
+def log_ratio(x, y, origin):
+    """(y - x) - origin, LEAST where the teacher gives no mass."""
+    return tl.maximum((y - x) - origin, LEAST)
+
+
+@triton.jit
+def finish(g, x, derivative, columns, rows, gradient, ce, EDGE: tl.constexpr, P: tl.constexpr):
+    """Adds the cross-entropy to a block's gradient, leads it through the transform and stores it."""
+    begin, end = rows[2], rows[3]
+    ce_weight, by_hard, student_ref, label = ce
+    if P.OWN_HARD_SUM:
+        g += by_hard * exp2((x - student_ref) * LOG2E)
+    if P.LABELS:
+        g = tl.where(columns - begin == label, g - ce_weight, g)
+    if P.STUDENT_TRANSFORM != "none":
+        g *= derivative
+    write(gradient, columns, begin, end, g, EDGE, P)

@@ -20,25 +20,25 @@ from kdkernels.backends._triton_columns import (
     blocks_inside,
     edge,
     fill,
+    finish,
     fold,
     fold_max,
     inside,
     lane_column,
+    log_ratio,
     logits,
-    rounded,
     row_offset,
     transform,
-    write,
 )
 from kdkernels.backends._triton_divergences import (
     accurate,
     column,
-    plain,
     plain_scales,
     student_minus_teacher,
     student_probability,
 )
 from kdkernels.backends._triton_math import LOG2E, exp2, sum2, sum4, two_product, two_sum
+from kdkernels.backends._triton_plain import UNBIAS, plain_gradient, plain_sums
 
 __all__ = ["Plan", "row_kernel"]
 
@@ -51,11 +51,6 @@ SURE = tl.constexpr(0.9)
 NEAR = tl.constexpr(0.005)
 # Sums in [1/LARGE, LARGE] (2^40) stand well against their reference.
 LARGE = tl.constexpr(1.0995e12)
-# A ratio divergence is summed at 2^BIAS·q: where p > 0 falls out of fp32's range, the sum is NaN or inf, and tells.
-BIAS = tl.constexpr(60.0)
-UNBIAS = tl.constexpr(2.0**-60)
-# What stands for a log-ratio of -inf, such that 0·LEAST is 0.
-LEAST = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -90,12 +85,6 @@ def _maxima(rows, P: tl.constexpr):
 
 
 @triton.jit
-def _log_ratio(x, y, origin):
-    """(y - x) - origin, LEAST where the teacher gives no mass."""
-    return tl.maximum((y - x) - origin, LEAST)
-
-
-@triton.jit
 def _statistics_block(rows, columns, sums, refs, log2_scale, EDGE: tl.constexpr, P: tl.constexpr):
     student_sum, teacher_sum, teacher_gap, student_gap, hard_sum, top = sums
     student_ref, teacher_ref = refs
@@ -103,7 +92,7 @@ def _statistics_block(rows, columns, sums, refs, log2_scale, EDGE: tl.constexpr,
     u = (x - student_ref) * log2_scale
     q = exp2(u)
     p = exp2((y - teacher_ref) * log2_scale)
-    gap = _log_ratio(x, y, teacher_ref - student_ref)
+    gap = log_ratio(x, y, teacher_ref - student_ref)
     student_sum += fold(q, P)
     teacher_sum += fold(p, P)
     teacher_gap += fold(p * gap, P)
@@ -134,88 +123,7 @@ def _statistics(rows, refs, log2_scale, P: tl.constexpr):
     return student_sum, teacher_sum, teacher_gap, student_gap, hard, top
 
 
-@triton.jit
-def _finish(g, x, derivative, columns, rows, gradient, ce, EDGE: tl.constexpr, P: tl.constexpr):
-    """Adds the cross-entropy to a block's gradient, leads it through the transform and stores it."""
-    begin, end = rows[2], rows[3]
-    ce_weight, by_hard, student_ref, label = ce
-    if P.OWN_HARD_SUM:
-        g += by_hard * exp2((x - student_ref) * LOG2E)
-    if P.LABELS:
-        g = tl.where(columns - begin == label, g - ce_weight, g)
-    if P.STUDENT_TRANSFORM != "none":
-        g *= derivative
-    write(gradient, columns, begin, end, g, EDGE, P)
-
-
-# --- Rows whose models are far apart ---
-
-
-@triton.jit
-def _plain_sums_block(rows, columns, sums, refs, scales, a, b, EDGE: tl.constexpr, P: tl.constexpr):
-    value, slope = sums
-    student_ref, teacher_ref = refs
-    log2_scale, log2_gap, _ = scales
-    x, y, _ = logits(rows, columns, EDGE, P)
-    u = (x - student_ref) * log2_scale
-    if P.PLAIN == "power":
-        value += fold(exp2(a * ((y - teacher_ref) * log2_scale) + b * u), P)
-    else:
-        log2_ratio = _log_ratio(x, y, teacher_ref - student_ref) * log2_scale - log2_gap
-        q = exp2(u + BIAS)
-        unit_value, unit_slope = plain(log2_ratio, a, tl.constexpr(P.DIVERGENCE))
-        value += fold(q * unit_value, P)
-        slope += fold(q * unit_slope, P)
-    return value, slope
-
-
-@triton.jit
-def _plain_sums(rows, refs, scales, a, b, P: tl.constexpr):
-    zero = tl.zeros((P.BLOCK // CHUNK,), tl.float32)
-    sums = (zero, zero)
-    for i in range(blocks_at_edges(rows, P)):
-        sums = _plain_sums_block(rows, edge(i, rows, P), sums, refs, scales, a, b, True, P)
-    for i in tl.range(0, blocks_inside(rows, P), num_stages=P.STAGES):
-        sums = _plain_sums_block(rows, inside(i, rows, True, P), sums, refs, scales, a, b, False, P)
-    return sum2(sums[0], sums[1])
-
-
-@triton.jit
-def _plain_gradient_block(
-    rows, columns, gradient, refs, scales, factors, ce, a, b, EDGE: tl.constexpr, P: tl.constexpr
-):
-    student_ref, teacher_ref = refs
-    log2_scale, log2_gap, _ = scales
-    by_slope, by_q, by_other = factors
-    x, y, derivative = logits(rows, columns, EDGE, P)
-    u = (x - student_ref) * log2_scale
-    q = exp2(u)
-    if P.PLAIN == "ratio":
-        log2_ratio = _log_ratio(x, y, teacher_ref - student_ref) * log2_scale - log2_gap
-        _, unit_slope = plain(log2_ratio, a, tl.constexpr(P.DIVERGENCE))
-        g = q * (by_slope * unit_slope + by_q)
-    elif P.PLAIN == "power":
-        g = by_q * q + by_other * exp2(a * ((y - teacher_ref) * log2_scale) + b * u)
-    elif P.DIVERGENCE == "forward_kl":
-        g = by_q * q + by_other * exp2((y - teacher_ref) * log2_scale)
-    else:
-        g = q * (by_slope * _log_ratio(x, y, teacher_ref - student_ref) + by_q)
-        if P.DIVERGENCE == "symmetric_kl":
-            g += by_other * exp2((y - teacher_ref) * log2_scale)
-    _finish(g, x, derivative, columns, rows, gradient, ce, EDGE, P)
-
-
-@triton.jit
-def _plain_gradient(rows, gradient, refs, scales, factors, ce, a, b, P: tl.constexpr):
-    REVERSE: tl.constexpr = P.PLAIN == "linear"
-    for i in range(blocks_at_edges(rows, P)):
-        _plain_gradient_block(rows, edge(i, rows, P), gradient, refs, scales, factors, ce, a, b, True, P)
-    for i in tl.range(0, blocks_inside(rows, P), num_stages=P.STAGES):
-        columns = inside(i, rows, REVERSE, P)
-        _plain_gradient_block(rows, columns, gradient, refs, scales, factors, ce, a, b, False, P)
-
-
-# --- All other rows ---
+# --- Rows whose models are not far apart: the accurate formulas ---
 
 
 @triton.jit
@@ -286,7 +194,7 @@ def _gradient_block(
             g += by_q * student_probability(c)
     else:
         g += by_q * student_probability(c)
-    _finish(g, x, derivative, columns, rows, gradient, ce, EDGE, P)
+    finish(g, x, derivative, columns, rows, gradient, ce, EDGE, P)
     return value
 
 
@@ -313,7 +221,7 @@ def _hard_gradient(rows, gradient, student_ref, by_q, ce, P: tl.constexpr):
         g = tl.full((P.BLOCK,), 0.0, tl.float32)
         if P.LABELS and not P.OWN_HARD_SUM:
             g = by_q * exp2((x - student_ref) * LOG2E)
-        _finish(g, x, derivative, columns, rows, gradient, ce, True, P)
+        finish(g, x, derivative, columns, rows, gradient, ce, True, P)
 
 
 # --- A row ---
@@ -346,34 +254,34 @@ def _divergence(rows, gradient, refs, scales, sums, top, kd, ce, a, b, by_ce, P:
     log2_scale, inv_temperature = scales
     student_sum, teacher_sum, teacher_gap, student_gap = sums
     inv_student_sum, inv_teacher_sum = 1.0 / student_sum, 1.0 / teacher_sum
-    log_ratio = tl.log(tl.div_rn(teacher_sum, student_sum))  # exactly 0 where the sums are the same
-    forward = teacher_gap * inv_teacher_sum * inv_temperature - log_ratio  # KL(p || q)
+    log_of_sums = tl.log(tl.div_rn(teacher_sum, student_sum))  # exactly 0 where the sums are the same
+    forward = teacher_gap * inv_teacher_sum * inv_temperature - log_of_sums  # KL(p || q)
     WRITES: tl.constexpr = P.GRADIENT and P.DIVERGENCE_IN_GRADIENT
 
     value = forward
     is_plain = forward < 0
     if P.PLAIN != "none":
         is_plain = (forward >= (FAR_POWER if P.PLAIN == "power" else FAR)) & (forward < 1e5)
-        is_plain = is_plain & (tl.abs(log_ratio) <= 4.0 * forward)
+        is_plain = is_plain & (tl.abs(log_of_sums) <= 4.0 * forward)
         if P.DIVERGENCE != "forward_kl":
             surest = tl.exp2(tl.max(top, axis=0)) * inv_student_sum
             is_plain = is_plain & (surest <= SURE)
-        plain_scale = log2_scale, log_ratio * LOG2E, inv_temperature
+        plain_scale = log2_scale, log_of_sums * LOG2E, inv_temperature
         by_slope, by_q, by_other = 0.0 * forward, 0.0 * forward, 0.0 * forward
         if P.PLAIN == "linear":
             weight = 0.0 * forward
             if P.DIVERGENCE != "forward_kl":
                 weight = weight + (1.0 if P.DIVERGENCE == "reverse_kl" else a)
-                reverse = log_ratio - student_gap * inv_student_sum * inv_temperature  # KL(q || p)
-                is_plain = is_plain & (reverse < 1e5) & (tl.abs(log_ratio) <= 4.0 * reverse)
+                reverse = log_of_sums - student_gap * inv_student_sum * inv_temperature  # KL(q || p)
+                is_plain = is_plain & (reverse < 1e5) & (tl.abs(log_of_sums) <= 4.0 * reverse)
                 value = (1.0 - weight) * forward + weight * reverse
                 by_slope = -weight * kd * inv_temperature * inv_student_sum
-                by_q = kd * weight * (log_ratio - reverse)
+                by_q = kd * weight * (log_of_sums - reverse)
             by_q = (by_q + kd * (1.0 - weight) + by_ce) * inv_student_sum
             by_other = (weight - 1.0) * kd * inv_teacher_sum
         else:
             if is_plain:
-                value, slope = _plain_sums(rows, refs, plain_scale, a, b, P)
+                value, slope = plain_sums(rows, refs, plain_scale, a, b, P)
                 if P.PLAIN == "power":
                     to_one = tl.exp(-a * tl.log(teacher_sum) - b * tl.log(student_sum))
                     rest = 1.0 - value * to_one
@@ -390,13 +298,13 @@ def _divergence(rows, gradient, refs, scales, sums, top, kd, ce, a, b, by_ce, P:
                     is_plain = _is_finite(value) & _is_finite(slope)
         if is_plain:
             if WRITES:
-                _plain_gradient(rows, gradient, refs, plain_scale, (by_slope, by_q, by_other), ce, a, b, P)
+                plain_gradient(rows, gradient, refs, plain_scale, (by_slope, by_q, by_other), ce, a, b, P)
 
     if is_plain == 0:
         origin = teacher_ref - student_ref
         shift = (origin * 0.25).to(tl.int32).to(tl.float32) * 4.0
         product, product_rest = two_product(origin - shift, inv_temperature)
-        gap, gap_rest = two_sum(product, log_ratio)
+        gap, gap_rest = two_sum(product, log_of_sums)
         gap_rest += product_rest
         log_sums = tl.log(student_sum), tl.log(teacher_sum)
         normalisers = inv_student_sum, inv_teacher_sum, log_sums[0], log_sums[1]
@@ -405,7 +313,7 @@ def _divergence(rows, gradient, refs, scales, sums, top, kd, ce, a, b, by_ce, P:
             if (forward >= NEAR) == 0:  # or NaN
                 gap_rest -= _refinement(rows, start + (gap_rest,) + normalisers, P)
         constants = start + (gap_rest,) + normalisers
-        pivot, slope = 0.0 * log_ratio, 0.0 * log_ratio
+        pivot, slope = 0.0 * log_of_sums, 0.0 * log_of_sums
         if P.DIVERGENCE != "forward_kl":
             pivot = _pivot(rows, constants, top, a, b, P)
             value, slope = _sums(rows, constants, pivot, a, b, P)
@@ -546,42 +454,3 @@ def row_kernel(
             _report(row, number_of_rows, loss, stats, (nan, nan, nan, nan, nan))
             if P.GRADIENT:
                 fill(gradient, begin, begin + width, float("nan"), P)
-
-
-@triton.jit
-def scale_kernel(
-    values,
-    factors,
-    out,
-    number_of_rows,
-    width,
-    factor_stride,
-    n1,
-    n2,
-    n3,
-    s0,
-    s1,
-    s2,
-    s3,
-    DIMS: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """out = values·factors for ROWS rows, given one stride for both; rows whose factor is 1 stay as they are."""
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    rows = first + tl.arange(0, ROWS)
-    given = tl.load(factors + rows * factor_stride, mask=rows < number_of_rows, other=1.0)
-    work = ROWS
-    if IN_PLACE:
-        work = tl.max((given != 1.0).to(tl.int32), axis=0) * ROWS
-    for i in range(work):
-        row = first + i
-        if row < number_of_rows:
-            factor = tl.load(factors + row * factor_stride)
-            if (factor != 1.0) | (not IN_PLACE):
-                at = row_offset(row, (n1, n2, n3), (s0, s1, s2, s3), DIMS)
-                for column in range(0, width, BLOCK):
-                    columns = column + tl.arange(0, BLOCK)
-                    x = tl.load(values + at + columns, mask=columns < width).to(tl.float32)
-                    tl.store(out + at + columns, rounded(x * factor, out.dtype.element_ty), mask=columns < width)

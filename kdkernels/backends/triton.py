@@ -15,7 +15,7 @@ _import_error = ""
 try:
     import numpy
 
-    from kdkernels.backends import _triton_divergences, _triton_rows
+    from kdkernels.backends import _triton_divergences, _triton_rows, _triton_scale
 except ImportError as error:
     _import_error = str(error)
 
@@ -223,7 +223,7 @@ def scale_rows(
         factors, factor_strides = factors.contiguous(), [1]
     rows_each = min(64, 1 << max(0, (rows // SCALE_PROGRAMS).bit_length() - 1))
     with _on(values.device):
-        _triton_rows.scale_kernel[((rows + rows_each - 1) // rows_each,)](
+        _triton_scale.scale_kernel[((rows + rows_each - 1) // rows_each,)](
             values,
             factors,
             out,
