@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
 import torch
 from hypothesis import settings
+
+# Without a GPU, the Triton kernels run under Triton's interpreter, which is chosen when they are imported.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from kdkernels.backends import native
 

@@ -10,7 +10,7 @@ from checks import assert_near, logits_pair
 
 import kdkernels as kd
 from kdkernels import backends
-from kdkernels.backends import native
+from kdkernels.backends import native, triton
 
 CPU = torch.device("cpu")
 
@@ -58,10 +58,11 @@ def test_environment(monkeypatch):
         backends.choose(CPU)
 
 
-def test_asked_for_and_not_able():
+def test_asked_for_and_not_able(monkeypatch):
+    monkeypatch.setattr(triton, "_interpreted", lambda: False)
     with (
         backends.use("triton"),
-        pytest.raises(RuntimeError, match=r"'triton' was asked for and cannot serve.*cpu: this"),
+        pytest.raises(RuntimeError, match=r"'triton' was asked for and cannot serve.*cpu: Triton"),
     ):
         kd.distillation_loss(*logits_pair(2, 10))
     with backends.use("native"), pytest.raises(RuntimeError, match="cannot serve tensors on meta: this build has"):
@@ -88,12 +89,15 @@ def test_capabilities_agree(monkeypatch):
 
 
 def test_python_m_kdkernels():
-    report = subprocess.run([sys.executable, "-m", "kdkernels"], capture_output=True, text=True, check=True).stdout
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "kdkernels"]
+    report = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     assert f"kdkernels {kd.__version__}" in report
     assert (
         f"native     available on cpu (C++, {native.capability()})" in " ".join(report.split("\n")) or "cuda" in report
     )
-    assert backends.why_not("triton") in report
+    if not torch.cuda.is_available():
+        assert "triton     not available\n             Triton" in report
 
 
 NOT_BUILT = """
@@ -121,6 +125,29 @@ def test_without_the_extension_the_reference_serves():
     assert "native     not available" in run.stdout
     assert run.stdout.count("the extension kdkernels._C is not built") == 2
     assert run.stdout.count("pip install -e .") == 2
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch, kdkernels as kd
+from kdkernels.__main__ import describe
+kd.distillation_loss(torch.randn(3, 10), torch.randn(3, 10))
+print(describe())
+"""
+
+
+def test_without_triton():
+    run = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "Triton is not installed" in run.stdout
+
+
+def test_the_interpreter_serves_the_cpu_on_request_alone():
+    assert backends.choose(CPU) == "native"
+    if triton.why_not(CPU) is None:
+        with backends.use("triton"):
+            assert backends.choose(CPU) == "triton"
 
 
 @pytest.mark.gpu

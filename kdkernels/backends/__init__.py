@@ -1,7 +1,7 @@
 """Who computes a sweep over rows, and how that is chosen.
 
 ``native`` (csrc) serves the CPU and, built with nvcc, NVIDIA GPUs from compute capability 9.0 on; ``triton`` serves
-whatever Triton does; ``reference`` (plain PyTorch) serves everything. The automatic choice takes the first of
+whatever GPU Triton does; ``reference`` (plain PyTorch) serves everything. The automatic choice takes the first of
 :data:`ORDER` that can serve the tensors at hand. A backend asked for by name, with :func:`use` or the environment
 variable ``KDKERNELS_BACKEND``, is never replaced: a call that it cannot serve is an error that says why.
 """
@@ -62,6 +62,11 @@ def asked() -> str | None:
     return _forced or os.environ.get("KDKERNELS_BACKEND") or None
 
 
+def _serves_by_itself(name: str, device: torch.device) -> bool:
+    # Triton's interpreter serves the CPU too, for tests of its kernels: who asks for nothing shall not get it.
+    return why_not(name, device) is None and not (name == "triton" and device.type == "cpu")
+
+
 def choose(device: torch.device, *dtypes: torch.dtype) -> str:
     """The name of the backend that computes a loss on ``device`` from logits of these dtypes.
 
@@ -73,7 +78,7 @@ def choose(device: torch.device, *dtypes: torch.dtype) -> str:
     if name is None:
         if double_on_gpu:
             return "reference"
-        return next(name for name in ORDER if why_not(name, device) is None)
+        return next(name for name in ORDER if _serves_by_itself(name, device))
     if name not in ORDER:
         raise RuntimeError(f"KDKERNELS_BACKEND is {name!r}; expected one of {', '.join(ORDER)}")
     reason = why_not(name, device)
@@ -88,7 +93,7 @@ def sweep(backend: str, device: torch.device) -> ModuleType:
     """The module of a backend's sweeps: of the one asked for, or for :data:`AUTO` the first that serves ``device``."""
     if backend != AUTO:
         return _SWEEPS[backend]
-    return _SWEEPS[next(name for name in _SWEEPS if why_not(name, device) is None)]
+    return _SWEEPS[next(name for name in _SWEEPS if _serves_by_itself(name, device))]
 
 
 def row_loss(

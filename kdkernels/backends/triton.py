@@ -1,10 +1,240 @@
-"""The Triton kernels: whatever Triton runs on."""
+"""The Triton kernels: whatever Triton runs on, NVIDIA and AMD GPUs and Intel's; CPU tensors under its interpreter."""
 
 from __future__ import annotations
 
+import functools
+from contextlib import AbstractContextManager
+from typing import Any
+
 import torch
+from torch import Tensor
+
+from kdkernels.backends.native import RowOptions
+
+_import_error = ""
+try:
+    import numpy
+
+    from kdkernels.backends import _triton_divergences, _triton_rows, _triton_scale
+except ImportError as error:
+    _import_error = str(error)
+
+DEVICES = ("cuda", "xpu")  # "cuda" is what torch calls AMD's too
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_DIMS = 4  # leading dimensions a kernel counts rows by
+
+# Columns a program takes at a time, by the vocabulary up to which it is chosen; each lane takes 8 of them.
+# To be measured on an H100.
+BLOCKS = [(1024, 1024), (4096, 2048), (65536, 4096)]
+LARGEST_BLOCK = 8192
+STAGES = 1
+LANE_COLUMNS = 8
+REGISTERS = 64  # of an NVIDIA GPU, where 1024 threads a multiprocessor can have as many
+SCALE_BLOCK = 4096
+SCALE_PROGRAMS = 512  # about four a multiprocessor
+
+
+def _interpreted() -> bool:
+    return type(_triton_rows.row_kernel).__name__ == "InterpretedFunction"
 
 
 def why_not(device: torch.device | None = None) -> str | None:
     """Why the Triton kernels cannot serve tensors on ``device``; None where they can."""
-    return "this version of kdkernels has no Triton kernels"
+    if _import_error:
+        return f"Triton is not installed ({_import_error})"
+    if device is None or device.type in DEVICES or (device.type == "cpu" and _interpreted()):
+        return None
+    return f"Triton's kernels need a GPU, not {device.type} (but for its interpreter: TRITON_INTERPRET=1)"
+
+
+def empty_gradient(student: Tensor) -> Tensor:
+    """Uninitialised memory for a gradient of the student's logits, contiguous."""
+    return torch.empty_like(student, memory_format=torch.contiguous_format)
+
+
+def _layout(*tensors: Tensor) -> tuple[list[int], list[list[int]]]:
+    """Sizes of the leading dimensions and each tensor's strides, merged where all tensors run on."""
+    sizes: list[int] = []
+    strides: list[list[int]] = [[] for _ in tensors]
+    for i, size in enumerate(tensors[0].shape[:-1]):
+        if size == 1:
+            continue
+        here = [tensor.stride(i) for tensor in tensors]
+        if sizes and all(of[-1] == size * stride for of, stride in zip(strides, here, strict=True)):
+            sizes[-1] *= size
+            for of, stride in zip(strides, here, strict=True):
+                of[-1] = stride
+        else:
+            sizes.append(size)
+            for of, stride in zip(strides, here, strict=True):
+                of.append(stride)
+    return sizes or [1], [of or [0] for of in strides]
+
+
+def _padded(numbers: list[int], fill: int) -> list[int]:
+    return numbers + [fill] * (MAX_DIMS - len(numbers))
+
+
+def _alignment(tensors: list[Tensor], strides: list[list[int]], vocab_size: int) -> tuple[str, int]:
+    """How rows lie to 16 bytes (see Plan), and how many columns after that the first one starts."""
+    starts = {tensor.data_ptr() % 16 // tensor.element_size() for tensor in tensors}
+    # An fp32 tensor's 8 columns are 32 bytes; 16 are as good.
+    fits = {tuple(stride % LANE_COLUMNS for stride in of) for of in strides}
+    if len(starts) > 1 or len(fits) > 1 or any(tensor.data_ptr() % tensor.element_size() for tensor in tensors):
+        return "none", 0
+    start = starts.pop()
+    # 16, not 8: that is what Triton looks for in vocab_size by itself.
+    aligned = start == 0 and not any(fits.pop()) and vocab_size % 16 == 0
+    return ("aligned", 0) if aligned else ("shifted", start)
+
+
+@functools.cache
+def _warp_size(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 32
+    return int(getattr(torch.cuda.get_device_properties(device), "warp_size", 32))
+
+
+def _block(vocab_size: int) -> int:
+    return next((block for largest, block in BLOCKS if vocab_size <= largest), LARGEST_BLOCK)
+
+
+def _launch(block: int, device: torch.device) -> dict[str, int]:
+    """How a kernel is compiled for a device, beside its own constants."""
+    options = {"num_warps": max(1, min(block // LANE_COLUMNS, 1024) // _warp_size(device))}
+    if device.type == "cuda" and torch.version.cuda:
+        options["maxnreg"] = REGISTERS
+    return options
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    if device.type == "xpu":
+        return torch.xpu.device(device)
+    return numpy.errstate(all="ignore")  # the interpreter's: inf and NaN are meant
+
+
+def _transform(scale: float, cap: float) -> str:
+    return "softcap" if cap > 0 else "none" if scale == 1 else "scale"
+
+
+def row_loss(
+    student: Tensor,  # (..., V_s)
+    teacher: Tensor,  # (..., V_t)
+    labels: Tensor | None,  # (...) int64
+    row_scale: Tensor,  # (...) fp32
+    temperatures: Tensor | None,  # (...) fp32
+    options: RowOptions,
+    gradient: Tensor | None,  # (..., V_s), written; may be the student itself
+    loss: Tensor,  # (...) fp32, written
+    stats: Tensor,  # (4, ...) fp32, written
+) -> str | None:
+    """Loss, statistics and (where asked for) gradient of every row, written to the last three arguments.
+
+    Returns:
+        None; or, with nothing written, why these tensors cannot be served.
+    """
+    for name, logits in (("student_logits", student), ("teacher", teacher)):
+        if logits.dtype not in DTYPES:
+            return f"Triton's kernels compute in fp32, but {name} is {str(logits.dtype).removeprefix('torch.')}"
+    rows = row_scale.numel()
+    if rows == 0:
+        return None
+    given, target = student, gradient
+    sizes, strides = _layout(student, teacher, student if target is None else target)
+    if len(sizes) > MAX_DIMS:  # does not occur in practice; correct all the same, at the price of copies
+        student, teacher = student.contiguous(), teacher.contiguous()
+        target = None if gradient is None else student if gradient is given else torch.empty_like(student)
+        sizes, strides = _layout(student, teacher, student if target is None else target)
+    tensors = [student, teacher, student if target is None else target]
+    alignment, misalignment = _alignment(tensors, strides, options.vocab_size)
+    name = _triton_divergences.kernel_name(options.divergence, options.parameters)
+    with_ce = options.ce_weight != 0
+    block = _block(options.vocab_size)
+    plan = _triton_rows.Plan(
+        DIVERGENCE=name,
+        # fp32 logits leave the memory twice the time, and their gradients more digits to be right in.
+        PLAIN="none" if student.dtype == torch.float32 else _triton_divergences.PLAIN.get(name, "none"),
+        GRADIENT=target is not None,
+        DIVERGENCE_IN_GRADIENT=options.kd_weight != 0,
+        LABELS=with_ce,
+        OWN_HARD_SUM=with_ce and (temperatures is not None or options.temperature != 1),
+        ROW_TEMPERATURES=temperatures is not None,
+        SCALE_BY_TEMPERATURE=options.scale_by_temperature,
+        SCALE_GRADIENT=options.scale_gradient,
+        STUDENT_TRANSFORM=_transform(options.student_logit_scale, options.student_softcap),
+        TEACHER_TRANSFORM=_transform(options.teacher_logit_scale, options.teacher_softcap),
+        ALIGNMENT=alignment,
+        DIMS=len(sizes),
+        BLOCK=block,
+        STAGES=STAGES,
+    )
+    row_scale = row_scale.contiguous()
+    parameters = [*options.parameters, 0.0, 0.0]
+    with _on(student.device):
+        _triton_rows.row_kernel[(rows,)](
+            student,
+            teacher,
+            tensors[2],
+            row_scale if labels is None or not with_ce else labels.contiguous(),
+            row_scale,
+            row_scale if temperatures is None else temperatures.contiguous(),
+            loss,
+            stats,
+            rows,
+            options.vocab_size,
+            student.shape[-1],
+            misalignment,
+            options.temperature,
+            options.kd_weight,
+            options.ce_weight,
+            parameters[0],
+            parameters[1],
+            options.student_logit_scale,
+            options.student_softcap,
+            options.teacher_logit_scale,
+            options.teacher_softcap,
+            *_padded(sizes, 1)[1:],
+            *(stride for of in strides for stride in _padded(of, 0)),
+            plan,
+            **_launch(block, student.device),
+        )
+    if gradient is not None and target is not None and (target is not gradient):
+        gradient.copy_(target)
+    return None
+
+
+def scale_rows(
+    values: Tensor,  # (..., V)
+    factors: Tensor,  # (...) fp32
+    out: Tensor,  # (..., V), the strides of values; may be values itself
+) -> None:
+    """out = values·factors, row by row. Rows whose factor is 1 are copied, or not touched where out is values."""
+    rows, width = factors.numel(), values.shape[-1]
+    if rows == 0:
+        return
+    sizes, (strides,) = _layout(values)
+    if len(sizes) > MAX_DIMS:
+        out.copy_(values * factors.unsqueeze(-1))
+        return
+    factor_sizes, (factor_strides,) = _layout(factors.unsqueeze(-1))
+    if len(factor_sizes) > 1:
+        factors, factor_strides = factors.contiguous(), [1]
+    rows_each = min(64, 1 << max(0, (rows // SCALE_PROGRAMS).bit_length() - 1))
+    with _on(values.device):
+        _triton_scale.scale_kernel[((rows + rows_each - 1) // rows_each,)](
+            values,
+            factors,
+            out,
+            rows,
+            width,
+            factor_strides[0],
+            *_padded(sizes, 1)[1:],
+            *_padded(strides, 0),
+            DIMS=len(sizes),
+            IN_PLACE=values.data_ptr() == out.data_ptr(),
+            ROWS=rows_each,
+            BLOCK=SCALE_BLOCK,
+            **_launch(SCALE_BLOCK, values.device),
+        )
