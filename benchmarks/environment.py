@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 import subprocess
 from datetime import date
@@ -14,6 +15,8 @@ from kdkernels.backends import native
 
 ROOT = Path(__file__).resolve().parent.parent
 
+PEER_PACKAGES = ("triton", "liger-kernel", "speculators", "trl")
+
 
 def _processor() -> str:
     try:
@@ -24,28 +27,47 @@ def _processor() -> str:
     return ", ".join(sorted(names)) or platform.machine()
 
 
+def _output(*command: str) -> str:
+    """What a command prints; "" where it is not there or fails."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
 def _commit() -> str:
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    commit = git("rev-parse", "--short=12", "HEAD") or "unknown"
+    commit = _output("git", "rev-parse", "--short=12", "HEAD")
+    if not commit:
+        return "unknown"
     # Results land beside the sources they measure; a result file of before is no change to them.
-    return commit + ("-dirty" if git("status", "--porcelain", "--", "kdkernels", "csrc", "python", "setup.py") else "")
+    changed = _output("git", "status", "--porcelain", "--", "kdkernels", "csrc", "python", "setup.py")
+    return commit + ("-dirty" if changed else "")
 
 
-def describe(device: str) -> dict[str, str]:
-    """Device, versions, commit and date, as text."""
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def describe(device: str, commit: str | None = None) -> dict[str, str]:
+    """Device, versions, commit (``commit``, or that of the checkout) and date, as text."""
     info = {
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _processor(),
         "threads": str(torch.get_num_threads()),
         "kdkernels": kdkernels.__version__,
-        "commit": _commit(),
+        "commit": commit or _commit(),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "date": date.today().isoformat(),
     }
     if torch.device(device).type == "cuda":
         info["cuda"] = str(torch.version.cuda)
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        info["driver"] = driver.splitlines()[0] if driver else "unknown"
+        info |= {package: version for package in PEER_PACKAGES if (version := _version(package))}
     elif native.why_not() is None:
         info["instruction set"] = native.capability()
     return info

@@ -72,10 +72,11 @@ def summary(result: Result) -> str:
 
 
 def write_between_markers(path: Path, name: str, text: str) -> None:
-    """Replaces what stands between <!-- name --> and <!-- /name --> in a Markdown file."""
+    """Replaces what stands between <!-- name --> and <!-- /name --> in a Markdown file; "" empties it."""
     before, rest = path.read_text().split(f"<!-- {name} -->\n")
     _, after = rest.split(f"<!-- /{name} -->")
-    path.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->{after}")
+    body = f"{text}\n" if text else ""
+    path.write_text(f"{before}<!-- {name} -->\n{body}<!-- /{name} -->{after}")
 
 
 def plot(result: Result, path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -38,3 +38,68 @@ def medians(calls: Mapping[str, Call], device: str, rounds: int, blocks: int = 3
                 call()
             times[name] += [_once(call, device) for _ in range(rounds)]
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def synchronize(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def queued(call: Call, device: str, count: int, before: Call | None = None) -> list[float]:
+    """Milliseconds of each of ``count`` calls, queued behind an untimed one without waiting for any.
+
+    So a GPU is seen at work and not waiting for Python, which is ahead of it as in training; what a call makes the
+    host wait for still counts. ``before`` runs untimed ahead of each call.
+    """
+    if torch.device(device).type != "cuda":
+        times = []
+        for _ in range(count):
+            if before is not None:
+                before()
+            times.append(_once(call, device))
+        return times
+    if before is not None:
+        before()
+    call()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    for start, end in events:
+        if before is not None:
+            before()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def wall_clock(calls: Sequence[Call], device: str, seconds: float) -> float:
+    """Milliseconds of one call as the host's clock sees it, over rounds of ``calls`` that wait at the end alone."""
+
+    def rounds(count: int) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(count):
+            for call in calls:
+                call()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    count = max(1, min(1000, int(seconds / max(rounds(1), 1e-6))))
+    return 1e3 * rounds(count) / (count * len(calls))
+
+
+def captured(calls: Sequence[Call], replays: int) -> float:
+    """Milliseconds of one of ``calls``, captured one after another in a CUDA graph: the GPU's own share of a call."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls[:3]:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = queued(graph.replay, "cuda", replays)
+    return statistics.median(times) / len(calls)

@@ -26,9 +26,22 @@ def test_the_readme_s_examples_run_in_order():
     assert names["student_logits"].grad.shape == (4, 512, 320)
 
 
-def test_the_readme_s_table_is_the_result_file_s():
-    between = README.split("<!-- rows-cpu -->\n")[1].split("\n<!-- /rows-cpu -->")[0]
-    assert between.startswith(report.summary(report.load(ROOT / "benchmarks/results/rows-cpu.json")))
+@pytest.mark.parametrize("name", ["rows-cpu", "rows-cuda"])
+def test_the_readme_s_tables_are_the_result_files_(name):
+    """A table without a result file is empty."""
+    between = README.split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0]
+    assert between.removesuffix("\n") == benchmarks_main.readme_blocks()[name]
+    assert bool(between) == (ROOT / f"benchmarks/results/{name}.json").exists()
+
+
+def test_writing_the_readme_changes_only_what_is_between_the_markers(tmp_path):
+    copy = tmp_path / "README.md"
+    copy.write_text(README)
+    report.write_between_markers(copy, "rows-cuda", "a table")
+    assert "<!-- rows-cuda -->\na table\n<!-- /rows-cuda -->" in copy.read_text()
+    for name, text in benchmarks_main.readme_blocks().items():
+        report.write_between_markers(copy, name, text)
+    assert copy.read_text() == README
 
 
 def test_links_lead_somewhere():
