@@ -218,14 +218,19 @@ class RowSweep {
   __device__ __forceinline__ int statistics(const Request& request) {
     float a = kPadding, b = kPadding;  // the references, of student and teacher
     limit_ = begin_ + min(ring_.slot_columns, columns_);
-    const int j = int(threadIdx.x) * G;
-    if (begin_ + j < limit_) {
+    for (int at = begin_ + exchange_.warp * 32 * G; at < limit_ && fminf(a, b) <= kPadding; at += threads_ * G) {
       float x[G], y[G];
-      load<true>(ring_.student(slot_) + j, ring_.teacher(slot_) + j, begin_ + j, kPadding, x, y);
+      const int column = at + exchange_.lane * G;
+      load<true>(ring_.student(slot_) + (column - begin_), ring_.teacher(slot_) + (column - begin_), column, kPadding, x, y);
 #pragma unroll
       for (int i = 0; i < G; i++) a = fmaxf(a, x[i]), b = fmaxf(b, y[i]);
+      a = rintf(warp_max(a)), b = rintf(warp_max(b));
     }
-    a = rintf(warp_max(a)), b = rintf(warp_max(b));
+    // Nothing but -inf so far: any number will do until there is more.
+    const bool guessed = fminf(a, b) > kPadding;
+    bool student_known = a > kPadding, teacher_known = b > kPadding;
+    if (!student_known) a = teacher_known ? b : 0;
+    if (!teacher_known) b = a;
     // With whole-number references both models share one constant, and their difference is nearly x - its mean.
     const float k = scale_;
     float origin = b - a, constant = a * k;
@@ -240,9 +245,11 @@ class RowSweep {
       };
       exponentials();
       float student = pairwise(e), teacher = pairwise(f);
-      if (__any_sync(kAllLanes, fmaxf(student, teacher) > 1024)) {
+      bool far_off = __any_sync(kAllLanes, fmaxf(student, teacher) > 1024);
+      if constexpr (Special) far_off = far_off || !student_known || !teacher_known;
+      if (far_off) {
         v[2] += odd_forward, v[3] += odd_reverse, odd_forward = 0, odd_reverse = 0;
-        raise(x, y, a, b, v, h);
+        raise(x, y, a, b, student_known, teacher_known, v, h);
         origin = b - a, constant = a * k;
         exponentials();
         student = pairwise(e), teacher = pairwise(f);
@@ -263,7 +270,7 @@ class RowSweep {
         for (int i = 0; i < G; i++) e[i] = Math::exp2((x[i] - a) * kLog2Ef);
         h += pairwise(e);
       }
-    });
+    }, !guessed);
     v[2] += odd_forward, v[3] += odd_reverse;
     const float of_warp = warp_sums(v, exchange_.lane);
     if constexpr (Hard) {
@@ -283,12 +290,15 @@ class RowSweep {
   }
 
   // New references from a warp's columns, and its sums so far moved onto them.
-  __device__ __forceinline__ void raise(const float (&x)[G], const float (&y)[G], float& a, float& b, float (&v)[4],
-                                        float& h) const {
-    float student = a, teacher = b;
+  __device__ __forceinline__ void raise(const float (&x)[G], const float (&y)[G], float& a, float& b, bool& student_known,
+                                        bool& teacher_known, float (&v)[4], float& h) const {
+    float student = student_known ? a : kPadding, teacher = teacher_known ? b : kPadding;
 #pragma unroll
     for (int i = 0; i < G; i++) student = fmaxf(student, x[i]), teacher = fmaxf(teacher, y[i]);
     student = rintf(warp_max(student)), teacher = rintf(warp_max(teacher));
+    student_known = student > kPadding, teacher_known = teacher > kPadding;
+    if (!student_known) student = a;
+    if (!teacher_known) teacher = b;
     // The constant fl(a·k) is rounded; its sums keep the new one's rounding.
     const float rounding = fmaf(student, scale_, -(student * scale_)) - fmaf(a, scale_, -(a * scale_));
     const float by_student = Math::exp2((a - student) * scale_ + rounding);

@@ -70,6 +70,7 @@ def why_not(device: torch.device | None = None) -> str | None:
     return _cuda_why_not(torch.cuda.current_device() if device.index is None else device.index)
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def _cuda_why_not(device: int) -> str | None:
     return str(_built().cuda_why_not(device)) or None
