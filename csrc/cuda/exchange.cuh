@@ -55,13 +55,10 @@ enum class Wanted : int { statistics, sums, top, nothing_more };
 // What consumers want done with their parcels.
 struct Request {
   Wanted what;
-  int buffer;      // of the row's numbers
-  bool is_value;   // the first sum is the row's divergence
-  // Of a row whose statistics these are.
-  bool hard;
-  int label;
+  int buffer;     // of the row's numbers
+  bool is_value;  // the first sum is the row's divergence
+  int slot;       // where a row begins in the ring, with its statistics
   uint32_t row;
-  float scale, temperature;
 };
 
 struct ExchangeMemory {
@@ -71,7 +68,7 @@ struct ExchangeMemory {
   Request request[kInFlight];
   float of_warps_total[8];
   float of_blocks[2][8][kMaxBlocks];  // two take turns: nobody sends again before everyone has read the last but one
-  alignas(16) unsigned char numbers[2][128];  // RowNumbers (totals.cuh) of the rows in flight
+  alignas(16) unsigned char numbers[2][192];  // RowNumbers (totals.cuh) of the rows in flight
   uint64_t posted[kInFlight], ready[kInFlight], sent[2];
 
   __device__ void init(int warps) {
@@ -113,9 +110,7 @@ struct Exchange {
   template <int N>
   __device__ __forceinline__ void sums(float (&v)[N], bool is_value, int buffer) {
     const float of_warp = warp_sums(v, lane);
-    Request request{};
-    request.what = Wanted::sums, request.is_value = is_value, request.buffer = buffer;
-    const Parcel& result = wait(post_sums<N>(of_warp, request));
+    const Parcel& result = wait(post_sums<N>(of_warp, {Wanted::sums, buffer, is_value, 0, 0}));
 #pragma unroll
     for (int i = 0; i < N; i++) v[i] = result.v[i];
   }
@@ -124,9 +119,7 @@ struct Exchange {
   __device__ __forceinline__ void top(float& x, float& y) {
     warp_top(x, y);
     if (lane == 0) mine().v[0] = x, mine().v[1] = y;
-    Request request{};
-    request.what = Wanted::top;
-    const Parcel& result = wait(post(request));
+    const Parcel& result = wait(post({Wanted::top, 0, false, 0, 0}));
     x = result.v[0], y = result.v[1];
   }
 };

@@ -10,12 +10,10 @@ namespace kdkernels::cuda {
 template <class T>
 constexpr int kGroup = 16 / sizeof(T);
 
-__device__ __forceinline__ void widen(const float* p, float (&x)[4]) {
-  const float4 v = *reinterpret_cast<const float4*>(p);
-  x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+__device__ __forceinline__ void widen(uint4 v, float (&x)[4], float) {
+  x[0] = __uint_as_float(v.x), x[1] = __uint_as_float(v.y), x[2] = __uint_as_float(v.z), x[3] = __uint_as_float(v.w);
 }
-__device__ __forceinline__ void widen(const __nv_bfloat16* p, float (&x)[8]) {
-  const uint4 v = *reinterpret_cast<const uint4*>(p);
+__device__ __forceinline__ void widen(uint4 v, float (&x)[8], __nv_bfloat16) {
   const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -23,14 +21,25 @@ __device__ __forceinline__ void widen(const __nv_bfloat16* p, float (&x)[8]) {
     x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
   }
 }
-__device__ __forceinline__ void widen(const __half* p, float (&x)[8]) {
-  const uint4 v = *reinterpret_cast<const uint4*>(p);
+__device__ __forceinline__ void widen(uint4 v, float (&x)[8], __half) {
   const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const float2 pair = __half22float2(reinterpret_cast<const __half2&>(words[i]));
     x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
   }
+}
+
+// From a 32-bit shared-memory address, or from a pointer.
+template <class T>
+__device__ __forceinline__ void widen_shared(uint32_t address, float (&x)[kGroup<T>]) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  widen(v, x, T{});
+}
+template <class T>
+__device__ __forceinline__ void widen(const T* p, float (&x)[kGroup<T>]) {
+  widen(*reinterpret_cast<const uint4*>(p), x, T{});
 }
 
 template <class T>

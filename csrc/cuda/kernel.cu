@@ -17,9 +17,9 @@ __global__ void __launch_bounds__(kMaxConsumers + 64, 1) row_cluster(const __gri
   const uint32_t first_row = blockIdx.x / blocks, row_step = gridDim.x / blocks;
 
   Ring<T> ring;
-  ring.slots = reinterpret_cast<T*>(shared);
+  ring.slots = kept(shared_address(shared));
   ring.headers = headers;
-  ring.full = shared_address(full), ring.empty = shared_address(empty);
+  ring.full = kept(shared_address(full)), ring.empty = kept(shared_address(empty));
   ring.slot_columns = problem.slot_columns, ring.count = problem.slots;
 
   if (threadIdx.x == 0) {
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kMaxConsumers + 64, 1) row_cluster(const __gri
     if (lane == 0) ring.produce(problem, first_row, row_step, rank * problem.share);
     __syncwarp();
   } else {
-    Totals<T, Divergence>(problem, &exchange_memory, blocks, rank, warps, lane).serve();
+    Totals<T, Divergence>(problem, ring, &exchange_memory, blocks, rank, warps, lane).serve();
   }
   cluster_sync();  // no block leaves while another may still store into it
 }

@@ -49,21 +49,29 @@ __device__ __forceinline__ int phase_of(const T* row) {
 
 // A row's own numbers, with the first of its slots. A row takes at least one, also where it is skipped.
 struct RowHeader {
-  float scale, temperature;
-  int label;  // -1: out of range
-  int phase;
-  int64_t gradient;  // offset of its gradient
+  float scale, temperature, log2e_over_temperature;
+  int label;            // -1: out of range
+  int phase;            // columns between the 16-byte boundary and the row
+  int columns, chunks;  // of this block's share, and the slots they take
+  int64_t gradient;     // offset of its gradient
 };
+
+// Kept in a register instead of computed anew at each use.
+__device__ __forceinline__ uint32_t kept(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 template <class T>
 struct Ring {
-  T* slots;              // (count, 2, slot_columns): student, teacher
+  uint32_t slots;        // (count, 2, slot_columns) of T: student, teacher
   RowHeader* headers;    // one a slot
   uint32_t full, empty;  // barriers, one a slot
   int slot_columns, count;
 
-  __device__ T* student(int slot) const { return slots + size_t(slot) * 2 * slot_columns; }
-  __device__ T* teacher(int slot) const { return student(slot) + slot_columns; }
+  __device__ uint32_t half_bytes() const { return slot_columns * uint32_t(sizeof(T)); }
+  __device__ uint32_t student(int slot) const { return slots + slot * 2 * half_bytes(); }
+  __device__ uint32_t teacher(int slot) const { return student(slot) + half_bytes(); }
   __device__ uint32_t full_barrier(int slot) const { return full + slot * 8; }
   __device__ uint32_t empty_barrier(int slot) const { return empty + slot * 8; }
 
@@ -73,12 +81,13 @@ struct Ring {
     const int64_t there = reinterpret_cast<const char*>(end) - reinterpret_cast<const char*>(from);
     return uint32_t(wanted <= there ? wanted : there / 16 * 16);
   }
-  static __device__ void copy_rest(T* to, const T* from, uint32_t bulk, const void* end) {
-    for (int i = int(bulk / sizeof(T)); from + i < end; i++) to[i] = from[i];
+  static __device__ void copy_rest(uint32_t to, const T* from, uint32_t bulk, const void* end) {
+    for (int i = int(bulk / sizeof(T)); from + i < end; i++)
+      *reinterpret_cast<T*>(__cvta_shared_to_generic(to + i * sizeof(T))) = from[i];
     async_proxy_fence();
   }
 
-  static __device__ RowHeader header(const ClusterProblem& problem, uint32_t row) {
+  __device__ RowHeader header(const ClusterProblem& problem, uint32_t row, int begin) const {
     const RowProblem& p = problem.rows;
     RowHeader h{};
     if (row >= uint32_t(p.rows)) return h;
@@ -88,7 +97,10 @@ struct Ring {
       const int64_t label = p.labels[row];
       h.label = label >= 0 && label < p.vocab_size ? int(label) : -1;
     }
+    h.log2e_over_temperature = 1.44269504f / h.temperature;
     h.phase = phase_of(row_begin<T>(p.student, row));
+    h.columns = h.scale == 0 ? 0 : max(0, min(problem.share, h.phase + int(p.vocab_size) - begin));
+    h.chunks = max(1, (h.columns + slot_columns - 1) / slot_columns);
     h.gradient = row_offset(p.gradient_rows, row);
     return h;
   }
@@ -99,11 +111,11 @@ struct Ring {
     const uint32_t rows = uint32_t(p.rows);
     int slot = 0;
     uint32_t parity = 1;
-    RowHeader next = header(problem, first_row);
+    RowHeader next = header(problem, first_row, begin);
     for (uint32_t row = first_row; row < rows; row += row_step) {
       const RowHeader h = next;
-      next = header(problem, row + row_step);  // on its way while this row is copied
-      const int end = h.scale == 0 ? begin : min(begin + problem.share, h.phase + int(p.vocab_size));
+      next = header(problem, row + row_step, begin);  // on its way while this row is copied
+      const int end = begin + h.columns;
       const T* student_row = row_begin<T>(p.student, row) - h.phase;
       const T* teacher_row = row_begin<T>(p.teacher, row) - h.phase;
       int at = begin;
@@ -118,8 +130,8 @@ struct Ring {
         if (student_bytes < bytes) copy_rest(student(slot), from_student, student_bytes, problem.student_end);
         if (teacher_bytes < bytes) copy_rest(teacher(slot), from_teacher, teacher_bytes, problem.teacher_end);
         barrier_arrive_expecting(full_barrier(slot), student_bytes + teacher_bytes);
-        if (student_bytes) bulk_load(shared_address(student(slot)), from_student, student_bytes, full_barrier(slot));
-        if (teacher_bytes) bulk_load(shared_address(teacher(slot)), from_teacher, teacher_bytes, full_barrier(slot));
+        if (student_bytes) bulk_load(student(slot), from_student, student_bytes, full_barrier(slot));
+        if (teacher_bytes) bulk_load(teacher(slot), from_teacher, teacher_bytes, full_barrier(slot));
         if (++slot == count) slot = 0, parity ^= 1;
       } while ((at += slot_columns) < end);
     }

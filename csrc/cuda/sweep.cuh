@@ -19,8 +19,8 @@ class RowSweep {
 
  public:
   __device__ RowSweep(const ClusterProblem& problem, const Ring<T>& ring, const Exchange& exchange, int blocks, int rank)
-      : problem_(problem), p_(problem.rows), ring_(ring), exchange_(exchange), far_(problem.parameters), blocks_(blocks),
-        rank_(rank), threads_(exchange.warps * 32) {}
+      : problem_(problem), p_(problem.rows), ring_(ring), exchange_(exchange), blocks_(blocks),
+        rank_(rank), mine_(kept(threadIdx.x * G)), step_(kept(exchange.warps * 32 * G)) {}
 
   __device__ void consume(uint32_t first_row, uint32_t row_step) {
     const uint32_t rows = uint32_t(p_.rows);
@@ -38,9 +38,7 @@ class RowSweep {
       if (more && !problem_.ahead) next = begin(row + row_step, after, parity, now.buffer ^ 1);
       now = next;
     }
-    Request request{};
-    request.what = Wanted::nothing_more;
-    exchange_.post(request);
+    exchange_.post({Wanted::nothing_more, 0, false, 0, 0});
   }
 
  private:
@@ -57,9 +55,7 @@ class RowSweep {
   __device__ __forceinline__ const RowHeader& enter(const InFlight& at) {
     const RowHeader& header = ring_.headers[at.slot];
     slot_ = at.slot, parity_ = at.parity;
-    low_ = header.phase, begin_ = rank_ * problem_.share;
-    columns_ = max(0, min(problem_.share, low_ + int(p_.vocab_size) - begin_));
-    scale_ = kLog2Ef * reciprocal(header.temperature);
+    low_ = header.phase, columns_ = header.columns, scale_ = header.log2e_over_temperature;
     return header;
   }
 
@@ -68,21 +64,16 @@ class RowSweep {
     at.slot = slot, at.parity = parity, at.buffer = buffer;
     barrier_wait(ring_.full_barrier(slot), parity);
     const RowHeader& header = enter(at);
-    at.counts = header.scale != 0;
+    at.counts = header.scale != 0, at.chunks = header.chunks;
     if (at.counts) {
-      at.chunks = max(1, (columns_ + ring_.slot_columns - 1) / ring_.slot_columns);
-      Request request;
-      request.what = Wanted::statistics, request.buffer = buffer, request.is_value = false;
-      request.hard = problem_.with_ce && header.temperature != 1;
-      request.label = header.label, request.row = row;
-      request.scale = header.scale, request.temperature = header.temperature;
-      at.statistics = request.hard ? statistics<true>(request) : statistics<false>(request);
+      const Request request{Wanted::statistics, buffer, false, slot, row};
+      at.statistics = problem_.with_ce && header.temperature != 1 ? statistics<true>(request) : statistics<false>(request);
     }
     return at;
   }
 
   __device__ __forceinline__ void finish(uint32_t row, const InFlight& at) {
-    const RowHeader header = enter(at);
+    const RowHeader& header = enter(at);
     T* gradient = p_.gradient ? static_cast<T*>(p_.gradient) + header.gradient : nullptr;
     if (!at.counts) {
       if (rank_ == 0 && threadIdx.x == 0) Totals<T, Divergence>::write_report(p_, row, 0, 0, 0, 0, 0);
@@ -99,30 +90,19 @@ class RowSweep {
       release(at.chunks);
       return;
     }
-
-    // The gradient's factors.
-    const float by_scale = problem_.scale_gradient ? header.scale : 1.0f, inv_temperature = reciprocal(header.temperature);
-    kd_ = problem_.kd_weight * (problem_.scale_by_temperature ? header.temperature : inv_temperature) * by_scale;
-    ce_ = problem_.ce_weight * by_scale;
-    // Whether the student at T = 1 is an exponential of its own, not the divergence's.
-    const bool own_column = problem_.with_ce && (header.temperature != 1 || kd_ == 0);
     label_ = problem_.with_ce ? header.label + low_ : -1;
-    hard_factor_ = own_column ? ce_ * n.inv_hard_sum : 0;
-    hard_reference_ = n.student_reference;
-    const float folded_ce = own_column ? 0 : ce_;
-
     bool released = false;
     if constexpr (kFar) {
       if (turn == Turn::far) {
-        if (gradient) far_gradient(n, at, folded_ce, gradient), released = columns_ > 0;
+        if (gradient) far_gradient(n, gradient), released = columns_ > 0;
       } else {
-        const Apart apart = everywhere_apart(*this, at, inv_temperature, folded_ce, gradient);
+        const Apart apart = everywhere_apart(*this, at, header.temperature, gradient);
         exchange_.count = apart.exchanges, released = apart.released;
       }
     } else {
-      released = run_everywhere(at, inv_temperature, folded_ce, gradient);
+      released = run_everywhere(at, header.temperature, gradient);
     }
-    if (gradient) fill(gradient, int(p_.vocab_size), int(p_.student.width), 0.0f);
+    if (gradient && p_.student.width > p_.vocab_size) fill(gradient, int(p_.vocab_size), int(p_.student.width), 0.0f);
     if (!released) release(at.chunks);
   }
 
@@ -132,22 +112,23 @@ class RowSweep {
   __device__ __forceinline__ void sweep(F f, bool always_special = false, int special_column = -1) {
     int slot = slot_;
     uint32_t parity = parity_;
-    for (int at = 0; at < columns_; at += ring_.slot_columns) {
+    const int begin = rank_ * problem_.share, end = begin + columns_;
+    const uint32_t step_bytes = step_ * uint32_t(sizeof(T));
+    for (int first = begin; first < end; first += ring_.slot_columns) {
       if constexpr (Wait) barrier_wait(ring_.full_barrier(slot), parity);
-      const int n = min(ring_.slot_columns, columns_ - at), mine = int(threadIdx.x) * G, step = threads_ * G;
-      const T *student = ring_.student(slot) + mine, *teacher = ring_.teacher(slot) + mine;
-      const int first = begin_ + at;
-      int column = first + mine;
-      limit_ = first + n;
+      limit_ = min(first + ring_.slot_columns, end);
+      uint32_t student = ring_.student(slot) + mine_ * uint32_t(sizeof(T)), teacher = student + ring_.half_bytes();
+      int column = first + int(mine_);
       const int last = limit_ + exchange_.lane * G;  // whole warps take each turn
-      const bool special =
-          always_special || first < low_ || n % (32 * G) != 0 || unsigned(special_column - first) < unsigned(n);
+      const bool special = always_special || first < low_ || (limit_ - first) % (32 * G) != 0 ||
+                           unsigned(special_column - first) < unsigned(limit_ - first);
       if (!special) {
 #pragma unroll 2
-        for (; column < last; column += step, student += step, teacher += step)
+        for (; column < last; column += step_, student += step_bytes, teacher += step_bytes)
           f.template operator()<false>(student, teacher, column);
       } else {
-        for (; column < last; column += step, student += step, teacher += step)
+#pragma unroll 1
+        for (; column < last; column += step_, student += step_bytes, teacher += step_bytes)
           f.template operator()<true>(student, teacher, column);
       }
       if constexpr (Release) {
@@ -160,9 +141,9 @@ class RowSweep {
 
   // Columns of both models as floats; those outside the row become `padding`.
   template <bool Special>
-  __device__ __forceinline__ void load(const T* student, const T* teacher, int column, float padding, float (&x)[G],
+  __device__ __forceinline__ void load(uint32_t student, uint32_t teacher, int column, float padding, float (&x)[G],
                                        float (&y)[G]) const {
-    widen(student, x), widen(teacher, y);
+    widen_shared<T>(student, x), widen_shared<T>(teacher, y);
     if constexpr (Special)
       if (edge(column)) {
 #pragma unroll
@@ -190,7 +171,7 @@ class RowSweep {
     float g[G];
 #pragma unroll
     for (int i = 0; i < G; i++) g[i] = with;
-    for (int at = (rank_ * threads_ + int(threadIdx.x)) * G; at < n; at += blocks_ * threads_ * G) {
+    for (int at = rank_ * int(step_) + int(mine_); at < n; at += blocks_ * int(step_)) {
       if (at >= phase && at + G <= n) {
         store(base + at, g);
       } else {
@@ -205,9 +186,8 @@ class RowSweep {
     int exchanges;
     bool released;
   };
-  static __device__ __noinline__ Apart everywhere_apart(RowSweep self, InFlight at, float inv_temperature, float folded_ce,
-                                                        T* gradient) {
-    const bool released = self.run_everywhere(at, inv_temperature, folded_ce, gradient);
+  static __device__ __noinline__ Apart everywhere_apart(RowSweep self, InFlight at, float temperature, T* gradient) {
+    const bool released = self.run_everywhere(at, temperature, gradient);
     return {self.exchange_.count, released};
   }
 
@@ -217,11 +197,12 @@ class RowSweep {
   template <bool Hard>
   __device__ __forceinline__ int statistics(const Request& request) {
     float a = kPadding, b = kPadding;  // the references, of student and teacher
-    limit_ = begin_ + min(ring_.slot_columns, columns_);
-    for (int at = begin_ + exchange_.warp * 32 * G; at < limit_ && fminf(a, b) <= kPadding; at += threads_ * G) {
+    const int begin = rank_ * problem_.share;
+    limit_ = begin + min(ring_.slot_columns, columns_);
+    for (int at = exchange_.warp * 32 * G; begin + at < limit_ && fminf(a, b) <= kPadding; at += step_) {
       float x[G], y[G];
-      const int column = at + exchange_.lane * G;
-      load<true>(ring_.student(slot_) + (column - begin_), ring_.teacher(slot_) + (column - begin_), column, kPadding, x, y);
+      const int mine = at + exchange_.lane * G;
+      load<true>(ring_.student(slot_) + mine * sizeof(T), ring_.teacher(slot_) + mine * sizeof(T), begin + mine, kPadding, x, y);
 #pragma unroll
       for (int i = 0; i < G; i++) a = fmaxf(a, x[i]), b = fmaxf(b, y[i]);
       a = rintf(warp_max(a)), b = rintf(warp_max(b));
@@ -235,7 +216,7 @@ class RowSweep {
     const float k = scale_;
     float origin = b - a, constant = a * k;
     float v[4] = {0, 0, 0, 0}, odd_forward = 0, odd_reverse = 0, h = 0;
-    sweep<true, false>([&]<bool Special>(const T* s, const T* t, int column) {
+    sweep<true, false>([&]<bool Special>(uint32_t s, uint32_t t, int column) {
       float x[G], y[G], e[G], f[G];
       load<Special>(s, t, column, kPadding, x, y);
       auto exponentials = [&] {
@@ -314,46 +295,35 @@ class RowSweep {
     return {scale_, n.student_lse, n.teacher_lse, n.gap};
   }
 
+  __device__ __forceinline__ FarD far_of(const RowNumbers& n) const { return *reinterpret_cast<const FarD*>(n.far); }
+
   // The exchange that brings them; 0 where the row is not for the short forms.
   __device__ __forceinline__ int far_sums(const InFlight& at) {
     exchange_.wait(at.statistics);
     const RowNumbers& n = row_numbers(exchange_.memory, at.buffer);
     if (n.turn != Turn::far) return 0;
     enter(at);
-    const FarD far = [&] {
-      FarD f = far_;
-      f.normalise(n.by_q, n.by_p);
-      return f;
-    }();
+    const FarD far = far_of(n);
     const FarRow<Math> row = far_row(n);
     FarSums<Math> sums = {0, 0, 0}, odd = {0, 0, 0};
-    sweep<false, false>([&]<bool Special>(const T* s, const T* t, int column) {
+    sweep<false, false>([&]<bool Special>(uint32_t s, uint32_t t, int column) {
       float x[G], y[G];
       load<Special>(s, t, column, kPadding, x, y);
 #pragma unroll
       for (int i = 0; i < G; i++) far.add(FarColumn<Math>(x[i], y[i], row), i % 2 ? odd : sums);
     });
     float v[4] = {sums.value + odd.value, sums.slope + odd.slope, sums.largest + odd.largest, 0};
-    Request request{};
-    request.what = Wanted::sums, request.is_value = true, request.buffer = at.buffer;
+    const Request request{Wanted::sums, at.buffer, true, 0, 0};
     return exchange_.template post_sums<4>(warp_sums(v, exchange_.lane), request);
   }
 
-  __device__ __forceinline__ void far_gradient(const RowNumbers& n, const InFlight& at, float folded_ce, T* gradient) {
-    FarD far = far_;
-    far.normalise(n.by_q, n.by_p);
-    float slope_sum;
-    if constexpr (FarD::from_kl) {
-      slope_sum = far.slope_sum(n.forward_kl, n.reverse_kl);
-    } else {
-      const Parcel& v = exchange_.wait(at.sums);
-      slope_sum = far.slope_sum(FarSums<Math>{v.v[0], v.v[1], v.v[2]});
-    }
-    far.scale(kd_, fmaf(-kd_, slope_sum, folded_ce));
+  __device__ __forceinline__ void far_gradient(const RowNumbers& n, T* gradient) {
+    const FarD far = far_of(n);
     const FarRow<Math> row = far_row(n);
+    kd_ = n.kd, ce_ = n.ce, hard_factor_ = n.hard_factor, hard_reference_ = n.student_reference;
     T* out = gradient - low_;
     sweep<false, true>(
-        [&]<bool Special>(const T* s, const T* t, int column) {
+        [&]<bool Special>(uint32_t s, uint32_t t, int column) {
           float x[G], y[G], g[G];
           load<Special>(s, t, column, kPadding, x, y);
 #pragma unroll
@@ -395,8 +365,10 @@ class RowSweep {
 
   // ---- Any models: the forms of pointwise.h, accurate relative to the divergence however small it is.
   // Whether it released the row's slots.
-  __device__ __forceinline__ bool run_everywhere(const InFlight& at, float inv_temperature, float folded_ce, T* gradient) {
+  __device__ __forceinline__ bool run_everywhere(const InFlight& at, float temperature, T* gradient) {
     const RowNumbers& n = row_numbers(exchange_.memory, at.buffer);
+    const float inv_temperature = reciprocal(temperature), folded_ce = n.folded_ce;
+    kd_ = n.kd, ce_ = n.ce, hard_factor_ = n.hard_factor, hard_reference_ = n.student_reference;
     const float max_gap = n.teacher_reference - n.student_reference;
     RowConstants<Math> row;
     row.student_max = n.student_reference, row.teacher_max = n.teacher_reference;
@@ -427,7 +399,7 @@ class RowSweep {
       T* out = gradient - low_;
       float v[1] = {0};
       sweep<false, true>(
-          [&]<bool Special>(const T* s, const T* t, int column) {
+          [&]<bool Special>(uint32_t s, uint32_t t, int column) {
             float x[G], y[G], g[G];
             load<Special>(s, t, column, -__builtin_inff(), x, y);
 #pragma unroll
@@ -441,8 +413,7 @@ class RowSweep {
           },
           kd_ == 0 || hard_factor_ != 0, label_);
       if constexpr (D::slopes_sum_to_zero) {
-        Request request{};  // the value, which nobody here waits for
-        request.what = Wanted::sums, request.is_value = true, request.buffer = at.buffer;
+        const Request request{Wanted::sums, at.buffer, true, 0, 0};  // the value, which nobody here waits for
         float all[4] = {v[0], 0, 0, 0};
         exchange_.template post_sums<4>(warp_sums(all, exchange_.lane), request);
       }
@@ -457,7 +428,7 @@ class RowSweep {
   __device__ __forceinline__ float sums(const RowConstants<Math>& row, const AnyD& divergence, float pivot, bool is_value,
                                         int buffer) {
     float v[2] = {0, 0};
-    sweep<false, false>([&]<bool Special>(const T* s, const T* t, int column) {
+    sweep<false, false>([&]<bool Special>(uint32_t s, uint32_t t, int column) {
       float x[G], y[G];
       load<Special>(s, t, column, -__builtin_inff(), x, y);
 #pragma unroll
@@ -474,7 +445,7 @@ class RowSweep {
   // The student's most likely column.
   __device__ __forceinline__ Column<Math> top_column(const RowConstants<Math>& row) {
     float best = -__builtin_inff(), with = 0;
-    sweep<false, false>([&]<bool Special>(const T* s, const T* t, int column) {
+    sweep<false, false>([&]<bool Special>(uint32_t s, uint32_t t, int column) {
       float x[G], y[G];
       load<Special>(s, t, column, -__builtin_inff(), x, y);
 #pragma unroll
@@ -496,13 +467,13 @@ class RowSweep {
   const RowProblem& p_;
   Ring<T> ring_;
   Exchange exchange_;
-  const FarD far_;
-  const int blocks_, rank_, threads_;
+  const int blocks_, rank_;
+  const uint32_t mine_, step_;  // this thread's first column in a slot, and from there to the next
   // Of the row entered: where it begins in the ring; this block's columns, and the row's first, counted from the 16-byte
   // boundary before it; log2(e)/T.
   int slot_ = 0;
   uint32_t parity_ = 0;
-  int begin_ = 0, columns_ = 0, low_ = 0, limit_ = 0;  // limit_: the end of the slot being swept
+  int columns_ = 0, low_ = 0, limit_ = 0;  // limit_: the end of the slot being swept
   float scale_ = kLog2Ef;
   float kd_ = 0, ce_ = 0, hard_factor_ = 0, hard_reference_ = 0;
   int label_ = -1;

@@ -44,14 +44,17 @@ struct RowNumbers {
   float gap_of_logs;                                     // teacher_log - student_log
   float forward_kl, reverse_kl;
   float student_lse, teacher_lse, gap;  // in base 2, for FarRow
-  float by_q, by_p;                     // what their rounding took
+  // The gradient's factors: of the divergence, of the cross-entropy, and of its column where that is folded into the
+  // student's and where it is one of its own.
+  float kd, ce, folded_ce, hard_factor;
   // For the report alone.
   uint32_t row;
   float scale, temperature, cross_entropy;
+  alignas(16) unsigned char far[64];  // the divergence's Far, with this row's factors
 };
 static_assert(sizeof(RowNumbers) <= sizeof(ExchangeMemory::numbers[0]));
 
-__device__ inline RowNumbers& row_numbers(ExchangeMemory* memory, int buffer) {
+__device__ __forceinline__ RowNumbers& row_numbers(ExchangeMemory* memory, int buffer) {
   return *reinterpret_cast<RowNumbers*>(memory->numbers[buffer]);
 }
 
@@ -73,8 +76,8 @@ class Totals {
   // Short forms leave about 1e-7 of the probabilities in a gradient: nothing in 16 bits, too much in 32.
   static constexpr bool kFar = FarD::exists && sizeof(T) == 2;
 
-  __device__ Totals(const ClusterProblem& problem, ExchangeMemory* memory, int blocks, int rank, int warps, int lane)
-      : problem_(problem), p_(problem.rows), memory_(memory), far_(problem.parameters), blocks_(blocks), rank_(rank),
+  __device__ Totals(const ClusterProblem& problem, const Ring<T>& ring, ExchangeMemory* memory, int blocks, int rank, int warps, int lane)
+      : problem_(problem), p_(problem.rows), headers_(ring.headers), memory_(memory), far_(problem.parameters), blocks_(blocks), rank_(rank),
         warps_(warps), lane_(lane) {}
 
   __device__ void serve() {
@@ -132,14 +135,19 @@ class Totals {
       float value = total;
       if constexpr (kFar && !FarD::from_kl)
         if (n.turn == Turn::far) {
-          FarD far = far_;
-          far.normalise(n.by_q, n.by_p);
+          FarD& far = far_of(n);
           const FarSums<Math> far_sums = {result.v[0], result.v[1], result.v[2]};
           value = far.value(far_sums);
           if (!far.trusts(far_sums, value)) n.turn = Turn::everywhere;  // and another value comes
+          far.scale(n.kd, fmaf(-n.kd, far.slope_sum(far_sums), n.folded_ce));
         }
       report(n, value);
     }
+  }
+
+  static __device__ FarD& far_of(RowNumbers& n) {
+    static_assert(sizeof(FarD) <= sizeof(RowNumbers::far));
+    return *reinterpret_cast<FarD*>(n.far);
   }
 
   __device__ void top(Parcel part, Parcel& result) {
@@ -154,27 +162,37 @@ class Totals {
   }
 
   __device__ void statistics(Parcel part, const Request& request) {
+    const RowHeader row = headers_[request.slot];
     // The student's logit at the label, read before anyone may write a gradient over it.
     float label_logit = 0;
-    if (problem_.with_ce && request.label >= 0 && rank_ == 0)
-      label_logit = float(row_begin<T>(p_.student, request.row)[request.label]);
+    if (problem_.with_ce && row.label >= 0 && rank_ == 0)
+      label_logit = float(row_begin<T>(p_.student, request.row)[row.label]);
     label_logit = __shfl_sync(kAllLanes, label_logit, 0);  // it is here before anything goes out
-    const float inv_temperature = reciprocal(request.temperature), k = kLog2Ef * inv_temperature;
-    StatisticSums all = add_up(part, k, lane_ < warps_, true, request.hard);
+    const float k = row.log2e_over_temperature;
+    const bool hard = problem_.with_ce && row.temperature != 1;
+    StatisticSums all = add_up(part, k, lane_ < warps_, true, hard);
     if (blocks_ > 1) {
       if (lane_ == 0) *reinterpret_cast<StatisticSums*>(memory_->of_warps_total) = all;
       __syncwarp();
       part = across<8>(memory_->of_warps_total[lane_ / 4]);
-      all = add_up(part, k, lane_ < blocks_, false, request.hard);
+      all = add_up(part, k, lane_ < blocks_, false, hard);
     }
-    RowNumbers n = numbers(all, inv_temperature, k, request);
-    n.row = request.row, n.scale = request.scale, n.temperature = request.temperature;
+    RowNumbers n = numbers(all, row, hard);
+    n.row = request.row;
     n.cross_entropy = problem_.with_ce ? hard_log_ - (label_logit - n.student_reference) : 0;
     if (lane_ == 0) {
+      if constexpr (kFar)
+        if (n.turn == Turn::far) {
+          FarD& far = far_of(n);
+          far = far_;
+          far.normalise(by_q_, by_p_);
+          if constexpr (FarD::from_kl) {
+            far.scale(n.kd, fmaf(-n.kd, far.slope_sum(n.forward_kl, n.reverse_kl), n.folded_ce));
+            report(n, far.value(n.forward_kl, n.reverse_kl));
+          }
+        }
       row_numbers(memory_, request.buffer) = n;
       if (n.turn == Turn::nan) report_nan(request.row);
-      if constexpr (kFar && FarD::from_kl)
-        if (n.turn == Turn::far) report(n, far_.value(n.forward_kl, n.reverse_kl));
     }
   }
 
@@ -200,13 +218,20 @@ class Totals {
     return all;
   }
 
-  __device__ RowNumbers numbers(const StatisticSums& sums, float inv_temperature, float k, const Request& request) {
+  __device__ RowNumbers numbers(const StatisticSums& sums, const RowHeader& row, bool hard) {
     RowNumbers n;
-    const float hard_sum = request.hard ? sums.hard : sums.student;
+    const float k = row.log2e_over_temperature, inv_temperature = reciprocal(row.temperature);
+    n.scale = row.scale, n.temperature = row.temperature;
+    const float by_scale = problem_.scale_gradient ? row.scale : 1.0f;
+    n.kd = problem_.kd_weight * (problem_.scale_by_temperature ? row.temperature : inv_temperature) * by_scale;
+    n.ce = problem_.ce_weight * by_scale;
+    const bool own_column = problem_.with_ce && (hard || n.kd == 0);
+    n.folded_ce = own_column ? 0 : n.ce;
+    const float hard_sum = hard ? sums.hard : sums.student;
     const float max_gap = sums.teacher_reference - sums.student_reference;
     const bool good = is_positive_finite(sums.student) && is_positive_finite(sums.teacher) &&
-                      is_positive_finite(hard_sum) && isfinite(max_gap) && is_positive_finite(request.temperature) &&
-                      request.label >= 0;
+                      is_positive_finite(hard_sum) && isfinite(max_gap) && is_positive_finite(row.temperature) &&
+                      row.label >= 0;
     n.turn = good ? Turn::everywhere : Turn::nan;
     // Three logarithms and reciprocals at once, a lane each.
     const float which = lane_ == 0 ? sums.student : lane_ == 1 ? sums.teacher : hard_sum;
@@ -218,6 +243,7 @@ class Totals {
     n.inv_teacher_sum = __shfl_sync(kAllLanes, mine_inverse, 1);
     n.inv_hard_sum = __shfl_sync(kAllLanes, mine_inverse, 2);
     hard_log_ = __shfl_sync(kAllLanes, mine.natural(), 2);
+    n.hard_factor = own_column ? n.ce * n.inv_hard_sum : 0;
     n.student_reference = sums.student_reference, n.teacher_reference = sums.teacher_reference;
     n.student_log = student.natural(), n.teacher_log = teacher.natural();
     n.gap_of_logs = log_ratio(teacher, student);
@@ -232,7 +258,7 @@ class Totals {
       float student_rest, teacher_rest;
       n.student_lse = log2_normaliser(sums.student_reference, k, student, student_rest);
       n.teacher_lse = log2_normaliser(sums.teacher_reference, k, teacher, teacher_rest);
-      n.by_q = Math::exp2(-student_rest), n.by_p = Math::exp2(-teacher_rest);
+      by_q_ = Math::exp2(-student_rest), by_p_ = Math::exp2(-teacher_rest);
     }
     return n;
   }
@@ -269,11 +295,13 @@ class Totals {
  private:
   const ClusterProblem& problem_;
   const RowProblem& p_;
+  const RowHeader* headers_;
   ExchangeMemory* memory_;
   const FarD far_;
   const int blocks_, rank_, warps_, lane_;
   int count_ = 0;
-  float hard_log_ = 0;
+  float hard_log_ = 0;         // of the row at hand
+  float by_q_ = 1, by_p_ = 1;  // what the rounding of its log2-normalisers took
 };
 
 }  // namespace kdkernels::cuda
