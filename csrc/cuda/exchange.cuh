@@ -62,7 +62,9 @@ struct Request {
 };
 
 struct ExchangeMemory {
-  static constexpr int kMaxWarps = 16, kMaxBlocks = 16, kInFlight = 4;
+  static constexpr int kMaxWarps = 16, kMaxBlocks = 16;
+  // Exchanges that may be posted and not waited for: a row's statistics, all of the row's before, the row's after.
+  static constexpr int kInFlight = 8;
   Parcel of_warps[kInFlight][kMaxWarps];
   Parcel result[kInFlight];
   Request request[kInFlight];

@@ -30,16 +30,11 @@ __device__ __forceinline__ void widen(uint4 v, float (&x)[8], __half) {
   }
 }
 
-// From a 32-bit shared-memory address, or from a pointer.
-template <class T>
-__device__ __forceinline__ void widen_shared(uint32_t address, float (&x)[kGroup<T>]) {
+// From a 32-bit shared-memory address.
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
   uint4 v;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
-  widen(v, x, T{});
-}
-template <class T>
-__device__ __forceinline__ void widen(const T* p, float (&x)[kGroup<T>]) {
-  widen(*reinterpret_cast<const uint4*>(p), x, T{});
+  return v;
 }
 
 template <class T>

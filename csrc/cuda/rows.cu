@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(256) scale_rows_kernel(const T* in, T* out, Ro
     for (int64_t j = int64_t(threadIdx.x) * G - phase; j < width; j += int64_t(blockDim.x) * G) {
       if (together && j >= 0 && j + G <= width) {
         float x[G];
-        widen<T>(from + j, x);
+        widen(*reinterpret_cast<const uint4*>(from + j), x, T{});
 #pragma unroll
         for (int i = 0; i < G; i++) x[i] *= factor;
         store(to + j, x);

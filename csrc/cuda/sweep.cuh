@@ -107,30 +107,26 @@ class RowSweep {
   }
 
   // ---- Sweeps over this block's share: f<Special>(student, teacher, column), G columns a call, this thread's own every
-  // time. Special: the slot holds columns outside the row, or the one that `special_` says.
-  template <bool Wait, bool Release, class F>
-  __device__ __forceinline__ void sweep(F f, bool always_special = false, int special_column = -1) {
+  // time, loaded one call ahead. Special: the slot holds columns outside the row, or the one that `special_column` says.
+  // After each slot, again(first, address) may ask for the same slot once more.
+  static constexpr auto never = [](int, uint32_t) { return false; };
+  template <bool Wait, bool Release, class F, class Again = decltype(never)>
+  __device__ __forceinline__ void sweep(F f, bool always_special = false, int special_column = -1, Again again = never) {
     int slot = slot_;
     uint32_t parity = parity_;
     const int begin = rank_ * problem_.share, end = begin + columns_;
-    const uint32_t step_bytes = step_ * uint32_t(sizeof(T));
     for (int first = begin; first < end; first += ring_.slot_columns) {
       if constexpr (Wait) barrier_wait(ring_.full_barrier(slot), parity);
       limit_ = min(first + ring_.slot_columns, end);
-      uint32_t student = ring_.student(slot) + mine_ * uint32_t(sizeof(T)), teacher = student + ring_.half_bytes();
-      int column = first + int(mine_);
-      const int last = limit_ + exchange_.lane * G;  // whole warps take each turn
+      const uint32_t address = ring_.student(slot) + mine_ * uint32_t(sizeof(T));
       const bool special = always_special || first < low_ || (limit_ - first) % (32 * G) != 0 ||
                            unsigned(special_column - first) < unsigned(limit_ - first);
-      if (!special) {
-#pragma unroll 2
-        for (; column < last; column += step_, student += step_bytes, teacher += step_bytes)
-          f.template operator()<false>(student, teacher, column);
-      } else {
-#pragma unroll 1
-        for (; column < last; column += step_, student += step_bytes, teacher += step_bytes)
-          f.template operator()<true>(student, teacher, column);
-      }
+      do {
+        if (!special)
+          sweep_slot<false>(f, first, address);
+        else
+          sweep_slot<true>(f, first, address);
+      } while (again(first, address));
       if constexpr (Release) {
         __syncwarp();
         if (exchange_.lane == 0) barrier_arrive(ring_.empty_barrier(slot));
@@ -138,12 +134,30 @@ class RowSweep {
       if (++slot == ring_.count) slot = 0, parity ^= 1;
     }
   }
+  template <bool Special, class F>
+  __device__ __forceinline__ void sweep_slot(F f, int first, uint32_t student) {
+    const uint32_t step_bytes = step_ * uint32_t(sizeof(T)), to_teacher = ring_.half_bytes();
+    int column = first + int(mine_);
+    const int last = limit_ + exchange_.lane * G;  // whole warps take each turn
+    if (column >= last) return;
+    uint4 x = load_shared(student), y = load_shared(student + to_teacher);
+    while (true) {
+      const int next = column + int(step_);
+      const uint4 this_x = x, this_y = y;
+      const bool more = next < last;
+      student += step_bytes;
+      if (more) x = load_shared(student), y = load_shared(student + to_teacher);
+      f.template operator()<Special>(this_x, this_y, column);
+      if (!more) return;
+      column = next;
+    }
+  }
 
   // Columns of both models as floats; those outside the row become `padding`.
   template <bool Special>
-  __device__ __forceinline__ void load(uint32_t student, uint32_t teacher, int column, float padding, float (&x)[G],
+  __device__ __forceinline__ void load(uint4 student, uint4 teacher, int column, float padding, float (&x)[G],
                                        float (&y)[G]) const {
-    widen_shared<T>(student, x), widen_shared<T>(teacher, y);
+    widen(student, x, T{}), widen(teacher, y, T{});
     if constexpr (Special)
       if (edge(column)) {
 #pragma unroll
@@ -192,74 +206,78 @@ class RowSweep {
   }
 
   // ---- Statistics
-  // A warp's references are guessed from the first columns it sees, and raised where exponentials exceed 2^10: fp32 has
-  // the range for more, but a large exponent is a rounded one.
+  // A warp's references are guessed from the first columns it sees. Where a slot shows them to be far too small (its
+  // exponentials exceed 2^12: fp32 has the range for more, but a large exponent is a rounded one), they are raised and the
+  // slot is swept again.
   template <bool Hard>
   __device__ __forceinline__ int statistics(const Request& request) {
-    float a = kPadding, b = kPadding;  // the references, of student and teacher
     const int begin = rank_ * problem_.share;
     limit_ = begin + min(ring_.slot_columns, columns_);
-    for (int at = exchange_.warp * 32 * G; begin + at < limit_ && fminf(a, b) <= kPadding; at += step_) {
-      float x[G], y[G];
-      const int mine = at + exchange_.lane * G;
-      load<true>(ring_.student(slot_) + mine * sizeof(T), ring_.teacher(slot_) + mine * sizeof(T), begin + mine, kPadding, x, y);
-#pragma unroll
-      for (int i = 0; i < G; i++) a = fmaxf(a, x[i]), b = fmaxf(b, y[i]);
-      a = rintf(warp_max(a)), b = rintf(warp_max(b));
+    References to;
+    if (begin + int(mine_) - exchange_.lane * G < limit_) {
+      const uint32_t address = ring_.student(slot_) + mine_ * uint32_t(sizeof(T));
+      to.see(*this, load_shared(address), load_shared(address + ring_.half_bytes()), begin + int(mine_));
     }
-    // Nothing but -inf so far: any number will do until there is more.
-    const bool guessed = fminf(a, b) > kPadding;
-    bool student_known = a > kPadding, teacher_known = b > kPadding;
-    if (!student_known) a = teacher_known ? b : 0;
-    if (!teacher_known) b = a;
-    // With whole-number references both models share one constant, and their difference is nearly x - its mean.
+    to.settle();
     const float k = scale_;
-    float origin = b - a, constant = a * k;
+    // With whole-number references both models share one constant, and their difference is nearly x - its mean.
+    float origin = to.b - to.a, constant = to.a * k;
     float v[4] = {0, 0, 0, 0}, odd_forward = 0, odd_reverse = 0, h = 0;
-    sweep<true, false>([&]<bool Special>(uint32_t s, uint32_t t, int column) {
-      float x[G], y[G], e[G], f[G];
-      load<Special>(s, t, column, kPadding, x, y);
-      auto exponentials = [&] {
+    float before[5] = {0, 0, 0, 0, 0};  // of this slot
+    sweep<true, false>(
+        [&]<bool Special>(uint4 s, uint4 t, int column) {
+          float x[G], y[G], e[G], f[G];
+          load<Special>(s, t, column, kPadding, x, y);
 #pragma unroll
-        for (int i = 0; i < G; i++)
-          e[i] = Math::exp2(fmaf(x[i], k, -constant)), f[i] = Math::exp2(fmaf(y[i] - origin, k, -constant));
-      };
-      exponentials();
-      float student = pairwise(e), teacher = pairwise(f);
-      bool far_off = __any_sync(kAllLanes, fmaxf(student, teacher) > 1024);
-      if constexpr (Special) far_off = far_off || !student_known || !teacher_known;
-      if (far_off) {
-        v[2] += odd_forward, v[3] += odd_reverse, odd_forward = 0, odd_reverse = 0;
-        raise(x, y, a, b, student_known, teacher_known, v, h);
-        origin = b - a, constant = a * k;
-        exponentials();
-        student = pairwise(e), teacher = pairwise(f);
-      }
-      v[0] += student, v[1] += teacher;
+          for (int i = 0; i < G; i++)
+            e[i] = Math::exp2(fmaf(x[i], k, -constant)), f[i] = Math::exp2(fmaf(y[i] - origin, k, -constant));
+          v[0] += pairwise(e), v[1] += pairwise(f);
 #pragma unroll
-      for (int i = 0; i < G; i++) {
-        const float difference = (y[i] - origin) - x[i];
-        float& forward = i % 2 ? odd_forward : v[2];  // two chains: an addition need not wait for the last
-        forward = fmaf(f[i], difference, forward);
-        if constexpr (FarD::reads_reverse) {
-          float& reverse = i % 2 ? odd_reverse : v[3];
-          reverse = fmaf(e[i], difference, reverse);
-        }
-      }
-      if constexpr (Hard) {
+          for (int i = 0; i < G; i++) {
+            const float difference = (y[i] - origin) - x[i];
+            float& forward = i % 2 ? odd_forward : v[2];  // two chains: an addition need not wait for the last
+            forward = fmaf(f[i], difference, forward);
+            if constexpr (FarD::reads_reverse) {
+              float& reverse = i % 2 ? odd_reverse : v[3];
+              reverse = fmaf(e[i], difference, reverse);
+            }
+          }
+          if constexpr (Hard) {
 #pragma unroll
-        for (int i = 0; i < G; i++) e[i] = Math::exp2((x[i] - a) * kLog2Ef);
-        h += pairwise(e);
-      }
-    }, !guessed);
-    v[2] += odd_forward, v[3] += odd_reverse;
+            for (int i = 0; i < G; i++) e[i] = Math::exp2((x[i] - to.a) * kLog2Ef);
+            h += pairwise(e);
+          }
+        },
+        false, -1,
+        [&](int first, uint32_t address) {
+          v[2] += odd_forward, v[3] += odd_reverse, odd_forward = 0, odd_reverse = 0;
+          const bool far_off = fmaxf(v[0] - before[0], v[1] - before[1]) > 4096;
+          if (__any_sync(kAllLanes, far_off) || !to.student_known || !to.teacher_known) {
+            References higher = to;
+            sweep_slot<true>([&]<bool>(uint4 s, uint4 t, int column) { higher.see(*this, s, t, column); }, first, address);
+            higher.settle();
+            if (higher.a != to.a || higher.b != to.b) {
+              v[0] = before[0], v[1] = before[1], v[2] = before[2], v[3] = before[3], h = before[4];
+              move(to, higher, v, h);
+              to = higher, origin = to.b - to.a, constant = to.a * k;
+              before[0] = v[0], before[1] = v[1], before[2] = v[2], before[3] = v[3], before[4] = h;
+              return true;
+            }
+          }
+          before[0] = v[0], before[1] = v[1], before[2] = v[2], before[3] = v[3], before[4] = h;
+          return false;
+        });
     const float of_warp = warp_sums(v, exchange_.lane);
     if constexpr (Hard) {
       float of_hard[1] = {h};
       const float hard_sum = warp_sums(of_hard, exchange_.lane);
       if (exchange_.lane == 0) exchange_.mine().v[6] = hard_sum;
     }
-    if (exchange_.lane == 0) exchange_.mine().v[4] = a, exchange_.mine().v[5] = b;
+    if (exchange_.lane == 0) {
+      Parcel& parcel = exchange_.mine();
+      parcel.v[4] = to.student_known ? to.a : kPadding, parcel.v[5] = to.teacher_known ? to.b : kPadding;
+      parcel.v[7] = fmaf(to.a, k, -(to.a * k));  // what rounding took of the constant
+    }
     return exchange_.template post_sums<4>(of_warp, request);
   }
 
@@ -270,24 +288,38 @@ class RowSweep {
       return (v[0] + v[1]) + (v[2] + v[3]);
   }
 
-  // New references from a warp's columns, and its sums so far moved onto them.
-  __device__ __forceinline__ void raise(const float (&x)[G], const float (&y)[G], float& a, float& b, bool& student_known,
-                                        bool& teacher_known, float (&v)[4], float& h) const {
-    float student = student_known ? a : kPadding, teacher = teacher_known ? b : kPadding;
+  // A warp's references, a of the student and b of the teacher: whole numbers near the largest logits seen.
+  struct References {
+    float a = kPadding, b = kPadding;
+    bool student_known = false, teacher_known = false;  // false: nothing but -inf so far
+
+    __device__ __forceinline__ void see(const RowSweep& sweep, uint4 s, uint4 t, int column) {
+      float x[G], y[G];
+      sweep.load<true>(s, t, column, kPadding, x, y);
+      if (!student_known) a = kPadding;
+      if (!teacher_known) b = kPadding;
 #pragma unroll
-    for (int i = 0; i < G; i++) student = fmaxf(student, x[i]), teacher = fmaxf(teacher, y[i]);
-    student = rintf(warp_max(student)), teacher = rintf(warp_max(teacher));
-    student_known = student > kPadding, teacher_known = teacher > kPadding;
-    if (!student_known) student = a;
-    if (!teacher_known) teacher = b;
-    // The constant fl(a·k) is rounded; its sums keep the new one's rounding.
-    const float rounding = fmaf(student, scale_, -(student * scale_)) - fmaf(a, scale_, -(a * scale_));
-    const float by_student = Math::exp2((a - student) * scale_ + rounding);
-    const float by_teacher = Math::exp2((b - teacher) * scale_ + rounding);
-    const float moved = (b - a) - (teacher - student);
+      for (int i = 0; i < G; i++) a = fmaxf(a, x[i]), b = fmaxf(b, y[i]);
+      student_known = teacher_known = true;
+    }
+    __device__ __forceinline__ void settle() {
+      a = rintf(warp_max(a)), b = rintf(warp_max(b));
+      student_known = a > kPadding, teacher_known = b > kPadding;
+      if (!student_known) a = teacher_known ? b : 0;
+      if (!teacher_known) b = a;
+    }
+  };
+
+  // A warp's sums from one pair of references to another. The constant fl(a·k) is rounded; they keep the new one's.
+  __device__ __forceinline__ void move(const References& from, const References& to, float (&v)[4], float& h) const {
+    const float rounding = fmaf(to.a, scale_, -(to.a * scale_)) - fmaf(from.a, scale_, -(from.a * scale_));
+    const float by_student = Math::exp2((from.a - to.a) * scale_ + rounding);
+    const float by_teacher = Math::exp2((from.b - to.b) * scale_ + rounding);
+    const float moved = (from.b - from.a) - (to.b - to.a);
     v[2] = fmaf(moved, v[1], v[2]) * by_teacher, v[3] = fmaf(moved, v[0], v[3]) * by_student;
-    v[0] *= by_student, v[1] *= by_teacher, h *= Math::exp2((a - student) * kLog2Ef);
-    a = student, b = teacher;
+    // What is not known has summed nothing, and may be moved by any factor.
+    v[0] = from.student_known ? v[0] * by_student : 0, v[1] = from.teacher_known ? v[1] * by_teacher : 0;
+    h = from.student_known ? h * Math::exp2((from.a - to.a) * kLog2Ef) : 0;
   }
 
   // ---- Models that are far apart: pointwise divergences in their short forms (far.h). False: this row is not for them.
@@ -306,7 +338,7 @@ class RowSweep {
     const FarD far = far_of(n);
     const FarRow<Math> row = far_row(n);
     FarSums<Math> sums = {0, 0, 0}, odd = {0, 0, 0};
-    sweep<false, false>([&]<bool Special>(uint32_t s, uint32_t t, int column) {
+    sweep<false, false>([&]<bool Special>(uint4 s, uint4 t, int column) {
       float x[G], y[G];
       load<Special>(s, t, column, kPadding, x, y);
 #pragma unroll
@@ -323,7 +355,7 @@ class RowSweep {
     kd_ = n.kd, ce_ = n.ce, hard_factor_ = n.hard_factor, hard_reference_ = n.student_reference;
     T* out = gradient - low_;
     sweep<false, true>(
-        [&]<bool Special>(uint32_t s, uint32_t t, int column) {
+        [&]<bool Special>(uint4 s, uint4 t, int column) {
           float x[G], y[G], g[G];
           load<Special>(s, t, column, kPadding, x, y);
 #pragma unroll
@@ -399,7 +431,7 @@ class RowSweep {
       T* out = gradient - low_;
       float v[1] = {0};
       sweep<false, true>(
-          [&]<bool Special>(uint32_t s, uint32_t t, int column) {
+          [&]<bool Special>(uint4 s, uint4 t, int column) {
             float x[G], y[G], g[G];
             load<Special>(s, t, column, -__builtin_inff(), x, y);
 #pragma unroll
@@ -428,7 +460,7 @@ class RowSweep {
   __device__ __forceinline__ float sums(const RowConstants<Math>& row, const AnyD& divergence, float pivot, bool is_value,
                                         int buffer) {
     float v[2] = {0, 0};
-    sweep<false, false>([&]<bool Special>(uint32_t s, uint32_t t, int column) {
+    sweep<false, false>([&]<bool Special>(uint4 s, uint4 t, int column) {
       float x[G], y[G];
       load<Special>(s, t, column, -__builtin_inff(), x, y);
 #pragma unroll
@@ -445,7 +477,7 @@ class RowSweep {
   // The student's most likely column.
   __device__ __forceinline__ Column<Math> top_column(const RowConstants<Math>& row) {
     float best = -__builtin_inff(), with = 0;
-    sweep<false, false>([&]<bool Special>(uint32_t s, uint32_t t, int column) {
+    sweep<false, false>([&]<bool Special>(uint4 s, uint4 t, int column) {
       float x[G], y[G];
       load<Special>(s, t, column, -__builtin_inff(), x, y);
 #pragma unroll

@@ -64,7 +64,8 @@ struct StatisticSums {
   float forward, reverse;  // of e^((y - reference)/T)·x and e^((z - reference)/T)·x,
                            // x = (y - teacher_reference) - (z - student_reference)
   float student_reference, teacher_reference;
-  float hard;  // of e^(z - reference): the student at temperature 1
+  float hard;      // of e^(z - reference): the student at temperature 1
+  float rounding;  // of a warp's parcel: both models' exponents are larger by this
 };
 
 template <class T, template <class> class Divergence>
@@ -196,23 +197,22 @@ class Totals {
     }
   }
 
-  // Parts of a row, one a lane, to the sums of them all. `of_warps`: the constant of a warp's reference r is fl(r·k), and
-  // the rounding is put right here, where it costs nothing.
+  // Parts of a row, one a lane, to the sums of them all. A reference of kPadding: nothing but -inf.
   __device__ StatisticSums add_up(const Parcel& part, float k, bool counts, bool of_warps, bool hard) const {
     const float a = counts ? part.v[4] : kPadding, b = counts ? part.v[5] : kPadding;
+    const float rounding = of_warps ? part.v[7] : 0;
     StatisticSums all{};
     all.student_reference = warp_max(a), all.teacher_reference = warp_max(b);
     const float moved = (b - a) - (all.teacher_reference - all.student_reference);
-    const float rounding = of_warps ? fmaf(a, k, -(a * k)) : 0;
-    const float by_student = counts ? Math::exp2((a - all.student_reference) * k - rounding) : 0;
-    const float by_teacher = counts ? Math::exp2((b - all.teacher_reference) * k - rounding) : 0;
+    const float by_student = a > kPadding ? Math::exp2((a - all.student_reference) * k - rounding) : 0;
+    const float by_teacher = b > kPadding ? Math::exp2((b - all.teacher_reference) * k - rounding) : 0;
     float v[4] = {part.v[0] * by_student, part.v[1] * by_teacher, fmaf(moved, part.v[1], part.v[2]) * by_teacher,
                   fmaf(moved, part.v[0], part.v[3]) * by_student};
     const float total = warp_sums(v, lane_);
     all.student = __shfl_sync(kAllLanes, total, 0), all.teacher = __shfl_sync(kAllLanes, total, 8);
     all.forward = __shfl_sync(kAllLanes, total, 16), all.reverse = __shfl_sync(kAllLanes, total, 24);
     if (hard) {
-      float h[1] = {counts ? part.v[6] * Math::exp2((a - all.student_reference) * kLog2Ef) : 0};
+      float h[1] = {a > kPadding ? part.v[6] * Math::exp2((a - all.student_reference) * kLog2Ef) : 0};
       all.hard = warp_sums(h, lane_);
     }
     return all;
