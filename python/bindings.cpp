@@ -90,12 +90,12 @@ void cpu_scale_rows(std::uintptr_t in, std::uintptr_t out, int dtype, const std:
 }
 
 #ifdef KD_CUDA
-// plan: cluster, consumers, slot_columns, blocks_per_sm; empty: the library's choice.
+// plan: cluster, consumers, slot_columns, blocks_per_sm, ahead; empty: the library's choice.
 void cuda_row_loss(const kd::RowProblem& problem, std::uintptr_t stream, const std::vector<int>& plan) {
-  if (!plan.empty() && plan.size() != 4) throw std::invalid_argument("a plan has 4 numbers");
+  if (!plan.empty() && plan.size() != 5) throw std::invalid_argument("a plan has 5 numbers");
   py::gil_scoped_release release;
   const kd::cuda::Plan chosen =
-      plan.empty() ? kd::cuda::plan(problem) : kd::cuda::Plan{plan[0], plan[1], plan[2], plan[3]};
+      plan.empty() ? kd::cuda::plan(problem) : kd::cuda::Plan{plan[0], plan[1], plan[2], plan[3], plan[4] != 0};
   kd::cuda::row_loss(problem, chosen, pointer(stream));
 }
 

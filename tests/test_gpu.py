@@ -82,14 +82,22 @@ def test_temperatures(backend, divergence, dtype, temperature):
 
 
 # Clusters of 1 to 16 blocks, few and many threads, shares of one slot and of several, one and two blocks an SM.
-@pytest.mark.parametrize(
-    "numbers", [(1, 512, 8192, 1), (2, 256, 4096, 2), (4, 128, 1024, 2), (8, 64, 512, 1), (16, 384, 6144, 1)]
-)
+PLANS = [
+    (1, 512, 8192, 1, 0),
+    (1, 512, 4096, 1, 1),
+    (2, 256, 4096, 2, 1),
+    (4, 128, 1024, 2, 0),
+    (8, 64, 512, 1, 1),
+    (16, 384, 6144, 1, 1),
+]
+
+
+@pytest.mark.parametrize("numbers", PLANS, ids=lambda numbers: "-".join(map(str, numbers)))
 @A_FEW
 @EACH_DTYPE
 def test_plans(plan, numbers, divergence, dtype):
-    cluster, consumers, slot, blocks = numbers
-    plan(cluster, consumers, slot // 2 if dtype == torch.float32 else slot, blocks)
+    cluster, consumers, slot, blocks, ahead = numbers
+    plan(cluster, consumers, slot // 2 if dtype == torch.float32 else slot, blocks, ahead)
     with backends.use("native"):
         for rows, width in ((300, 1003), (40, 20000)):
             student, teacher = logits_pair(rows, width, dtype=dtype)
@@ -97,7 +105,7 @@ def test_plans(plan, numbers, divergence, dtype):
 
 
 def test_a_plan_that_does_not_fit(plan):
-    plan(1, 512, 8192, 1)
+    plan(1, 512, 8192, 1, 0)
     student, teacher = (x.cuda() for x in logits_pair(2, 100000, dtype=torch.bfloat16))
     with backends.use("native"), pytest.raises(ValueError, match="does not fit the plan"):
         kd.distillation_loss(student, teacher)
@@ -170,7 +178,8 @@ def test_one_column_far_above_the_rest(backend, divergence, dtype):
 @EACH_DTYPE
 def test_whole_stretches_masked(backend, divergence, dtype):
     # -inf wherever a warp first looks, in one model or in both, far from 0 and near it.
-    student, teacher = logits_pair(5, 40000, dtype=dtype)
+    student, teacher = ((256 * x).round() / 256 for x in logits_pair(5, 40000))  # exact 1000 away from 0
+    student, teacher = student.to(dtype), teacher.to(dtype)
     student[0, :39000] = teacher[0, :39000] = -torch.inf
     student[1, 1000:] = teacher[1, 1000:] = -torch.inf
     student[2, :20000] = teacher[2, :20000] = -torch.inf

@@ -165,14 +165,13 @@ Plan plan(const RowProblem& p) {
   while (p.vocab_size > shape->up_to) shape++;
   Plan plan{0, shape->consumers, shape->slot_columns, shape->blocks_per_sm};
   // The smallest cluster that holds a row and the next, or else a row; a larger one where rows are too few to fill the chip.
-  bool ahead = false;
   for (int cluster = 1; cluster <= 16; cluster *= 2) {
     Plan wider = plan;
     wider.cluster = cluster;
     if (!fits(d, p, wider)) continue;
     const bool holds_two = chunks(p, wider) * 2 <= slots(d, p, wider);
     const bool few_rows = p.rows * cluster <= d.multiprocessors && share(p, cluster) >= 2048;
-    if (plan.cluster == 0 || (holds_two && !ahead) || few_rows) plan.cluster = cluster, ahead = ahead || holds_two;
+    if (plan.cluster == 0 || (holds_two && !plan.ahead) || few_rows) plan.cluster = cluster, plan.ahead = holds_two;
   }
   return plan;
 }
@@ -181,12 +180,12 @@ void row_loss(const RowProblem& p, const Plan& plan, void* stream) {
   if (p.rows == 0) return;
   const Device d = current_device();
   if (plan.cluster < 1 || plan.cluster > 16 || plan.consumers % 32 || plan.consumers < 32 ||
-      plan.consumers > kMaxConsumers || plan.slot_columns < plan.consumers * group(p) || plan.slot_columns % (32 * group(p)) || !fits(d, p, plan))
+      plan.consumers > kMaxConsumers || (plan.ahead && chunks(p, plan) * 2 > slots(d, p, plan)) || plan.slot_columns < plan.consumers * group(p) || plan.slot_columns % (32 * group(p)) || !fits(d, p, plan))
     throw std::invalid_argument("kdkernels: this problem does not fit the plan asked for");
   ClusterProblem problem{p, end_of(p.student), end_of(p.teacher), int(share(p, plan.cluster)), plan.slot_columns,
                          slots(d, p, plan), float(p.kd_weight), float(p.ce_weight), float(p.temperature),
                          {float(p.parameters[0]), float(p.parameters[1])}, p.ce_weight != 0, p.scale_by_temperature,
-                         p.scale_gradient, chunks(p, plan) * 2 <= slots(d, p, plan)};
+                         p.scale_gradient, plan.ahead};
   const void* kernel = kernel_of(p.student.dtype, p.divergence);
   const int64_t slot_bytes = 2 * plan.slot_columns * bytes_per_element(p.student.dtype);
 

@@ -20,7 +20,7 @@ except ImportError as error:
     _kernels = None
     _import_error = str(error)
 
-# The plan of the CUDA kernels (csrc/cuda/rows.h): cluster, consumers, slot_columns, blocks_per_sm; empty: chosen there.
+# The plan of the CUDA kernels (csrc/cuda/rows.h): cluster, consumers, slot_columns, blocks_per_sm, ahead; empty: chosen there.
 cuda_plan: list[int] = []
 
 BUILD_HINT = "build it with `pip install -e .` (needs a C++20 compiler) in a checkout of kdkernels"
