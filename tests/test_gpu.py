@@ -99,7 +99,7 @@ def test_plans(plan, numbers, divergence, dtype):
     cluster, consumers, slot, blocks, ahead = numbers
     plan(cluster, consumers, slot // 2 if dtype == torch.float32 else slot, blocks, ahead)
     with backends.use("native"):
-        for rows, width in ((300, 1003), (40, 20000)):
+        for rows, width in ((300, 1003), (40, 20000 if dtype != torch.float32 else 10000)):
             student, teacher = logits_pair(rows, width, dtype=dtype)
             check(student, teacher, divergence=divergence, temperature=1.3)
 

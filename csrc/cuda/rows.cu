@@ -89,10 +89,6 @@ int chunks(const RowProblem& p, const Plan& plan) {
   return int((share(p, plan.cluster) + plan.slot_columns - 1) / plan.slot_columns);
 }
 
-bool fits(const Device& d, const RowProblem& p, const Plan& plan) {
-  return chunks(p, plan) <= slots(d, p, plan);
-}
-
 bool has_gradient(const RowProblem& p) { return p.gradient != nullptr; }
 
 // One past the last element of a tensor whose strides are not negative.
@@ -151,27 +147,67 @@ std::string why_not_rows(const RowProblem& p) {
   return "";
 }
 
+namespace {
+
+// A share in as few slots as leave `spare` free beside `rows` rows; false where not even the rows fit.
+bool lay_out(const Device& d, const RowProblem& p, Plan& plan, int rows, int spare) {
+  const int of_warp = 32 * group(p), least = plan.consumers * group(p);
+  const int64_t columns = share(p, plan.cluster);
+  for (; spare >= 0; spare--)
+    for (int pieces = 1; pieces <= kMaxSlots; pieces++) {
+      const int64_t slot = ((columns + pieces - 1) / pieces + of_warp - 1) / of_warp * of_warp;
+      plan.slot_columns = int(std::max<int64_t>(slot, least));
+      if (slots(d, p, plan) >= rows * chunks(p, plan) + spare) return true;
+      if (slot <= least) break;
+    }
+  return false;
+}
+
+}  // namespace
+
+// Measured on an H100, bf16, fraction of the memory limit (docs/performance.md):
+//   - a row alone in the ring, in the smallest cluster that holds it, suits what memory limits: reverse KL at 128256
+//     0.94 in clusters of 4, 0.89 two rows at a time in clusters of 8; total variation 0.66 and 0.65;
+//   - two rows at a time suit what needs two exchanges a row and many special functions: Jensen-Shannon 0.61 and 0.56;
+//   - forward KL, the lightest, takes two where that leaves room to fetch the third: 0.96 and 0.93.
 Plan plan(const RowProblem& p) {
   const Device d = current_device();
-  const bool wide = bytes_per_element(p.student.dtype) == 4;
-  struct Shape {
+  const bool narrow = bytes_per_element(p.student.dtype) == 2;
+  const auto divergence = DivergenceId(p.divergence);
+  const bool mixture = divergence == DivergenceId::jensen_shannon || divergence == DivergenceId::skew_forward_kl ||
+                       divergence == DivergenceId::skew_reverse_kl;
+  struct Threads {
     int64_t up_to;  // columns of a row
-    int consumers, slot_columns, blocks_per_sm;
+    int consumers, blocks_per_sm;
   };
-  // To be measured.
-  static constexpr Shape narrow_shapes[] = {{1024, 128, 1024, 3}, {8192, 128, 2048, 3}, {16384, 256, 4096, 2}, {INT64_MAX, 512, 8192, 1}};
-  static constexpr Shape wide_shapes[] = {{512, 128, 512, 3}, {4096, 128, 1024, 3}, {8192, 256, 2048, 2}, {INT64_MAX, 512, 4096, 1}};
-  const Shape* shape = wide ? wide_shapes : narrow_shapes;
-  while (p.vocab_size > shape->up_to) shape++;
-  Plan plan{0, shape->consumers, shape->slot_columns, shape->blocks_per_sm};
-  // The smallest cluster that holds a row and the next, or else a row; a larger one where rows are too few to fill the chip.
-  for (int cluster = 1; cluster <= 16; cluster *= 2) {
-    Plan wider = plan;
+  static constexpr Threads threads[] = {{1024, 128, 3}, {8192, 128, 3}, {16384, 256, 2}, {INT64_MAX, 512, 1}};
+  const Threads* few = threads;
+  while (p.vocab_size * (narrow ? 1 : 2) > few->up_to) few++;
+  Plan one{0, few->consumers, 0, few->blocks_per_sm, false}, two = one;
+  two.ahead = true;
+  for (int cluster = 1; cluster <= 16 && one.cluster == 0; cluster *= 2) {
+    Plan wider = one;
     wider.cluster = cluster;
-    if (!fits(d, p, wider)) continue;
-    const bool holds_two = chunks(p, wider) * 2 <= slots(d, p, wider);
-    const bool few_rows = p.rows * cluster <= d.multiprocessors && share(p, cluster) >= 2048;
-    if (plan.cluster == 0 || (holds_two && !plan.ahead) || few_rows) plan.cluster = cluster, plan.ahead = holds_two;
+    if (lay_out(d, p, wider, 1, 1)) one = wider;
+  }
+  for (int cluster = 1; cluster <= 16 && two.cluster == 0; cluster *= 2) {
+    Plan wider = two;
+    wider.cluster = cluster;
+    if (lay_out(d, p, wider, 2, 0)) two = wider;
+  }
+  Plan plan = one;
+  const bool third = two.cluster && slots(d, p, two) > 2 * chunks(p, two);
+  if (narrow && two.cluster && (mixture || (divergence == DivergenceId::forward_kl && one.cluster == 4 && third)))
+    plan = two;
+  if (plan.cluster == 0) return plan;
+  if (plan.cluster == 1 && !plan.ahead && divergence <= DivergenceId::symmetric_kl && narrow && few->consumers == 512)
+    plan.slot_columns = 8192;  // 0.95 instead of 0.93 at 32000
+  // A larger cluster where rows are too few to fill the chip.
+  while (plan.cluster < 16 && p.rows * plan.cluster * 2 <= d.multiprocessors && share(p, plan.cluster * 2) >= 2048) {
+    Plan wider = plan;
+    wider.cluster *= 2;
+    if (!lay_out(d, p, wider, plan.ahead ? 2 : 1, 1)) break;
+    plan = wider;
   }
   return plan;
 }
@@ -179,8 +215,10 @@ Plan plan(const RowProblem& p) {
 void row_loss(const RowProblem& p, const Plan& plan, void* stream) {
   if (p.rows == 0) return;
   const Device d = current_device();
-  if (plan.cluster < 1 || plan.cluster > 16 || plan.consumers % 32 || plan.consumers < 32 ||
-      plan.consumers > kMaxConsumers || (plan.ahead && chunks(p, plan) * 2 > slots(d, p, plan)) || plan.slot_columns < plan.consumers * group(p) || plan.slot_columns % (32 * group(p)) || !fits(d, p, plan))
+  const bool possible = plan.cluster >= 1 && plan.cluster <= 16 && plan.consumers >= 32 &&
+                        plan.consumers <= kMaxConsumers && plan.consumers % 32 == 0 &&
+                        plan.slot_columns >= plan.consumers * group(p) && plan.slot_columns % (32 * group(p)) == 0;
+  if (!possible || chunks(p, plan) * (plan.ahead ? 2 : 1) > slots(d, p, plan))
     throw std::invalid_argument("kdkernels: this problem does not fit the plan asked for");
   ClusterProblem problem{p, end_of(p.student), end_of(p.teacher), int(share(p, plan.cluster)), plan.slot_columns,
                          slots(d, p, plan), float(p.kd_weight), float(p.ce_weight), float(p.temperature),

@@ -64,8 +64,8 @@ struct StatisticSums {
   float forward, reverse;  // of e^((y - reference)/T)·x and e^((z - reference)/T)·x,
                            // x = (y - teacher_reference) - (z - student_reference)
   float student_reference, teacher_reference;
-  float hard;      // of e^(z - reference): the student at temperature 1
-  float rounding;  // of a warp's parcel: both models' exponents are larger by this
+  float hard;   // of e^(z - reference): the student at temperature 1
+  float extra;  // of a warp's parcel: both models' exponents are larger by this; of more: the largest warp's `student`
 };
 
 template <class T, template <class> class Divergence>
@@ -209,6 +209,7 @@ class Totals {
     float v[4] = {part.v[0] * by_student, part.v[1] * by_teacher, fmaf(moved, part.v[1], part.v[2]) * by_teacher,
                   fmaf(moved, part.v[0], part.v[3]) * by_student};
     const float total = warp_sums(v, lane_);
+    all.extra = warp_max((of_warps ? part.v[0] : part.v[7]) * by_student);
     all.student = __shfl_sync(kAllLanes, total, 0), all.teacher = __shfl_sync(kAllLanes, total, 8);
     all.forward = __shfl_sync(kAllLanes, total, 16), all.reverse = __shfl_sync(kAllLanes, total, 24);
     if (hard) {
@@ -254,7 +255,9 @@ class Totals {
       // A NaN, of a column that is -inf in both models, fails the comparison.
       bool apart = n.forward_kl > 0.1f && n.forward_kl < 1e30f && fabsf(n.gap) < 24 && far_.serves();
       if constexpr (FarD::from_kl) apart = apart && far_.value(n.forward_kl, n.reverse_kl) >= far_.floor();
-      if (apart && good) n.turn = Turn::far;
+      // One token with nearly all of the student's mass: its slope and the sum of the slopes nearly cancel.
+      const bool sure = FarD::cancels_at_top && sums.extra > 0.9f * sums.student;
+      if (apart && good && !sure) n.turn = Turn::far;
       float student_rest, teacher_rest;
       n.student_lse = log2_normaliser(sums.student_reference, k, student, student_rest);
       n.teacher_lse = log2_normaliser(sums.teacher_reference, k, teacher, teacher_rest);

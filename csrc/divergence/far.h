@@ -47,7 +47,8 @@ KD_INLINE bool far_sums_hold(const FarSums<Math>& sums, float value, float floor
 }
 
 // The rounding of the row's log2-normalisers leaves the probabilities off by a factor; `normalise` takes it into the
-// row's own factors. `exists`: there is a short form. `from_kl`: no sums sweep. `floor`: the least value it is accurate for.
+// row's own factors. `exists`: there is a short form. `from_kl`: no sums sweep.
+// `cancels_at_top`: not for rows where one column holds nearly all of q. `floor`: the least value it is accurate for.
 template <template <class> class D, class Math>
 struct Far {
   static constexpr bool exists = false, from_kl = false, reads_reverse = false;
@@ -57,7 +58,7 @@ struct Far {
 template <class Math>
 struct Far<ForwardKL, Math> {
   using V = typename Math::V;
-  static constexpr bool exists = true, from_kl = true, reads_reverse = false;
+  static constexpr bool exists = true, from_kl = true, reads_reverse = false, cancels_at_top = false;
   KD_INLINE Far(const float*) {}
   KD_INLINE bool serves() const { return true; }
   float by_q = 1, by_p = 1;
@@ -74,7 +75,7 @@ struct Far<ForwardKL, Math> {
 template <class Math>
 struct Far<ReverseKL, Math> {
   using V = typename Math::V;
-  static constexpr bool exists = true, from_kl = true, reads_reverse = true;
+  static constexpr bool exists = true, from_kl = true, reads_reverse = true, cancels_at_top = true;
   KD_INLINE Far(const float*) {}
   KD_INLINE bool serves() const { return true; }
   float by_q = 1, by_p = 1;
@@ -91,7 +92,7 @@ struct Far<ReverseKL, Math> {
 template <class Math>
 struct Far<SymmetricKL, Math> {
   using V = typename Math::V;
-  static constexpr bool exists = true, from_kl = true, reads_reverse = true;
+  static constexpr bool exists = true, from_kl = true, reads_reverse = true, cancels_at_top = true;
   float weight;
   KD_INLINE Far(const float* p) : weight(p[0]) {}
   KD_INLINE bool serves() const { return true; }
@@ -114,7 +115,7 @@ struct Far<SymmetricKL, Math> {
 template <class Math>
 struct Far<TotalVariation, Math> {
   using V = typename Math::V;
-  static constexpr bool exists = true, from_kl = false, reads_reverse = false;
+  static constexpr bool exists = true, from_kl = false, reads_reverse = false, cancels_at_top = true;
   KD_INLINE Far(const float*) {}
   KD_INLINE bool serves() const { return true; }
   float by_q = 1, by_p = 1;
@@ -139,7 +140,7 @@ struct Far<TotalVariation, Math> {
 template <class Math>
 struct Far<JensenShannon, Math> {
   using V = typename Math::V;
-  static constexpr bool exists = true, from_kl = false, reads_reverse = false;
+  static constexpr bool exists = true, from_kl = false, reads_reverse = false, cancels_at_top = true;
   float beta, rest;
   KD_INLINE Far(const float* p) : beta(p[0]), rest(1 - p[0]) {}
   KD_INLINE bool serves() const { return true; }
@@ -167,7 +168,7 @@ struct Far<JensenShannon, Math> {
 template <class Math>
 struct Far<SkewForwardKL, Math> {
   using V = typename Math::V;
-  static constexpr bool exists = true, from_kl = false, reads_reverse = false;
+  static constexpr bool exists = true, from_kl = false, reads_reverse = false, cancels_at_top = true;
   float lam, rest;
   KD_INLINE Far(const float* p) : lam(p[0]), rest(1 - p[0]) {}
   KD_INLINE bool serves() const { return true; }
@@ -195,7 +196,7 @@ struct Far<SkewForwardKL, Math> {
 template <class Math>
 struct Far<SkewReverseKL, Math> {
   using V = typename Math::V;
-  static constexpr bool exists = true, from_kl = false, reads_reverse = false;
+  static constexpr bool exists = true, from_kl = false, reads_reverse = false, cancels_at_top = true;
   float lam, rest;
   KD_INLINE Far(const float* p) : lam(p[0]), rest(1 - p[0]) {}
   KD_INLINE bool serves() const { return true; }
@@ -223,7 +224,7 @@ struct Far<SkewReverseKL, Math> {
 template <class Math>
 struct Far<AlphaBeta, Math> {
   using V = typename Math::V;
-  static constexpr bool exists = true, from_kl = false, reads_reverse = false;
+  static constexpr bool exists = true, from_kl = false, reads_reverse = false, cancels_at_top = true;
   float alpha, beta;
   bool simple;
   KD_INLINE Far(const float* p)

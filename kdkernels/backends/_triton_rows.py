@@ -42,9 +42,10 @@ from kdkernels.backends._triton_plain import UNBIAS, plain_gradient, plain_sums
 
 __all__ = ["Plan", "row_kernel"]
 
-# Nats of forward KL from which a row's models are far apart; a power sum's 1 - sum cancels for longer.
+# Nats of forward KL from which a row's models are far apart; a power sum's 1 - sum cancels for longer, and is to be so much.
 FAR = tl.constexpr(0.25)
-FAR_POWER = tl.constexpr(1.0)
+FAR_POWER = tl.constexpr(0.4)
+POWER_REST = tl.constexpr(0.1)
 # A row whose student is surer than this of one token keeps its gradient's digits in the accurate formulas only.
 SURE = tl.constexpr(0.9)
 # Nats of forward KL under which the log-normalisers' gap is refined: a spread of the log-ratios of 0.1.
@@ -288,7 +289,7 @@ def _divergence(rows, gradient, refs, scales, sums, top, kd, ce, a, b, by_ce, P:
                     value = rest / (a * b)
                     by_q = (kd * (1.0 - rest) / a + by_ce) * inv_student_sum
                     by_other = -kd * to_one / a
-                    is_plain = _is_finite(rest) & (tl.abs(rest) >= FAR)
+                    is_plain = _is_finite(rest) & (tl.abs(rest) >= POWER_REST)
                 else:
                     value_scale, slope_scale = plain_scales(a, tl.constexpr(P.DIVERGENCE))
                     value = value * UNBIAS * inv_student_sum * value_scale

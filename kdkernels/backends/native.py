@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ except ImportError as error:
     _kernels = None
     _import_error = str(error)
 
-# The plan of the CUDA kernels (csrc/cuda/rows.h): cluster, consumers, slot_columns, blocks_per_sm, ahead; empty: chosen there.
+# The CUDA kernels' plan (csrc/cuda/rows.h): cluster, consumers, slot_columns, blocks_per_sm, ahead; empty: chosen there.
 cuda_plan: list[int] = []
 
 BUILD_HINT = "build it with `pip install -e .` (needs a C++20 compiler) in a checkout of kdkernels"
@@ -70,10 +69,14 @@ def why_not(device: torch.device | None = None) -> str | None:
     return _cuda_why_not(torch.cuda.current_device() if device.index is None else device.index)
 
 
+_cuda_reasons: dict[int, str | None] = {}
+
+
 @torch.compiler.assume_constant_result
-@functools.cache
 def _cuda_why_not(device: int) -> str | None:
-    return str(_built().cuda_why_not(device)) or None
+    if device not in _cuda_reasons:
+        _cuda_reasons[device] = str(_built().cuda_why_not(device)) or None
+    return _cuda_reasons[device]
 
 
 def capability() -> str:
