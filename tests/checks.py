@@ -85,16 +85,16 @@ def logits_pair(
 
 
 def against_reference(
-    student: Tensor, teacher: Tensor, labels: Tensor | None = None, *, floor: float = 0.0, **options
+    student: Tensor, teacher: Tensor, labels: Tensor | None = None, *, floor: float = 0.0, slack: float = 1.0, **options
 ) -> None:
     """Loss and gradient of the fused path against the reference in fp64 on the same inputs, by BOUNDS.
 
     ``floor``: losses and gradients of a smaller norm are held to that norm (a bounded divergence's gradient vanishes
-    where the models share no mass, and its digits with it).
+    where the models share no mass, and its digits with it). ``slack`` multiplies the bounds.
     """
     # Softcapped logits are rounded to fp32 before the temperature magnifies their differences.
     capped = options.get("student_softcap") or options.get("teacher_softcap")
-    loss_bound, gradient_bound = (bound * (4 if capped else 1) for bound in BOUNDS[student.dtype])
+    loss_bound, gradient_bound = (bound * slack * (4 if capped else 1) for bound in BOUNDS[student.dtype])
     exact = student.detach().double().requires_grad_()
     expected = kd.reference.distillation_loss(exact, teacher.double(), labels, **options)
     ours = student.detach().clone().requires_grad_()

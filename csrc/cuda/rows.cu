@@ -149,18 +149,18 @@ std::string why_not_rows(const RowProblem& p) {
 
 namespace {
 
-// A share in as few slots as leave `spare` free beside `rows` rows; false where not even the rows fit.
-bool lay_out(const Device& d, const RowProblem& p, Plan& plan, int rows, int spare) {
+// Slots for a share, so that `rows` of them fit and at least one slot is left to fetch into, unless `tight`.
+bool lay_out(const Device& d, const RowProblem& p, Plan& plan, int rows, bool tight) {
   const int of_warp = 32 * group(p), least = plan.consumers * group(p);
   const int64_t columns = share(p, plan.cluster);
-  for (; spare >= 0; spare--)
-    for (int pieces = 1; pieces <= kMaxSlots; pieces++) {
-      const int64_t slot = ((columns + pieces - 1) / pieces + of_warp - 1) / of_warp * of_warp;
-      plan.slot_columns = int(std::max<int64_t>(slot, least));
-      if (slots(d, p, plan) >= rows * chunks(p, plan) + spare) return true;
-      if (slot <= least) break;
-    }
-  return false;
+  auto fits_in = [&](int pieces, int spare) {
+    const int64_t slot = ((columns + pieces - 1) / pieces + of_warp - 1) / of_warp * of_warp;
+    plan.slot_columns = int(std::max<int64_t>(slot, least));
+    return slots(d, p, plan) >= rows * chunks(p, plan) + spare;
+  };
+  for (int pieces = 1; pieces <= 4; pieces++)
+    if (fits_in(pieces, 1)) return true;
+  return tight && (fits_in(2, 0) || fits_in(1, 0) || fits_in(4, 0));
 }
 
 }  // namespace
@@ -185,15 +185,16 @@ Plan plan(const RowProblem& p) {
   while (p.vocab_size * (narrow ? 1 : 2) > few->up_to) few++;
   Plan one{0, few->consumers, 0, few->blocks_per_sm, false}, two = one;
   two.ahead = true;
-  for (int cluster = 1; cluster <= 16 && one.cluster == 0; cluster *= 2) {
-    Plan wider = one;
-    wider.cluster = cluster;
-    if (lay_out(d, p, wider, 1, 1)) one = wider;
-  }
+  for (const bool tight : {false, true})
+    for (int cluster = 1; cluster <= 16 && one.cluster == 0; cluster *= 2) {
+      Plan wider = one;
+      wider.cluster = cluster;
+      if (lay_out(d, p, wider, 1, tight)) one = wider;
+    }
   for (int cluster = 1; cluster <= 16 && two.cluster == 0; cluster *= 2) {
     Plan wider = two;
     wider.cluster = cluster;
-    if (lay_out(d, p, wider, 2, 0)) two = wider;
+    if (lay_out(d, p, wider, 2, true)) two = wider;
   }
   Plan plan = one;
   const bool third = two.cluster && slots(d, p, two) > 2 * chunks(p, two);
@@ -206,7 +207,7 @@ Plan plan(const RowProblem& p) {
   while (plan.cluster < 16 && p.rows * plan.cluster * 2 <= d.multiprocessors && share(p, plan.cluster * 2) >= 2048) {
     Plan wider = plan;
     wider.cluster *= 2;
-    if (!lay_out(d, p, wider, plan.ahead ? 2 : 1, 1)) break;
+    if (!lay_out(d, p, wider, plan.ahead ? 2 : 1, false)) break;
     plan = wider;
   }
   return plan;

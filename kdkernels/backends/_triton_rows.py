@@ -42,7 +42,8 @@ from kdkernels.backends._triton_plain import UNBIAS, plain_gradient, plain_sums
 
 __all__ = ["Plan", "row_kernel"]
 
-# Nats of forward KL from which a row's models are far apart; a power sum's 1 - sum cancels for longer, and is to be so much.
+# Nats of forward KL from which a row's models are far apart; a power sum's 1 - sum, which cancels for longer, is to be
+# so much.
 FAR = tl.constexpr(0.25)
 FAR_POWER = tl.constexpr(0.4)
 POWER_REST = tl.constexpr(0.1)

@@ -19,7 +19,7 @@ except ImportError as error:
     _kernels = None
     _import_error = str(error)
 
-# The CUDA kernels' plan (csrc/cuda/rows.h): cluster, consumers, slot_columns, blocks_per_sm, ahead; empty: chosen there.
+# The CUDA kernels' plan: cluster, consumers, slot_columns, blocks_per_sm, ahead (csrc/cuda/rows.h); empty: their own.
 cuda_plan: list[int] = []
 
 BUILD_HINT = "build it with `pip install -e .` (needs a C++20 compiler) in a checkout of kdkernels"
