@@ -167,7 +167,8 @@ bool lay_out(const Device& d, const RowProblem& p, Plan& plan, int rows, bool ti
 
 // Measured on an H100, bf16, fraction of the memory limit (docs/performance.md):
 //   - a row alone in the ring, in the smallest cluster that holds it, suits what memory limits: reverse KL at 128256
-//     0.94 in clusters of 4, 0.89 two rows at a time in clusters of 8; total variation 0.66 and 0.65;
+//     0.94 in clusters of 4, 0.89 two rows at a time in clusters of 8; total variation 0.66 and 0.65, but where the
+//     cluster is the same (50304: 2) 0.64 and 0.77;
 //   - two rows at a time suit what needs two exchanges a row and many special functions: Jensen-Shannon 0.61 and 0.56;
 //   - forward KL, the lightest, takes two where that leaves room to fetch the third: 0.96 and 0.93.
 Plan plan(const RowProblem& p) {
@@ -197,9 +198,11 @@ Plan plan(const RowProblem& p) {
     if (lay_out(d, p, wider, 2, true)) two = wider;
   }
   Plan plan = one;
-  const bool third = two.cluster && slots(d, p, two) > 2 * chunks(p, two);
-  if (narrow && two.cluster && (mixture || (divergence == DivergenceId::forward_kl && one.cluster == 4 && third)))
-    plan = two;
+  if (narrow && two.cluster) {
+    const bool needs_sums = divergence > DivergenceId::symmetric_kl, room = slots(d, p, two) > 2 * chunks(p, two);
+    const bool light = divergence == DivergenceId::forward_kl && one.cluster == 4 && chunks(p, two) == 1 && room;
+    if (mixture || light || (needs_sums && two.cluster == one.cluster)) plan = two;
+  }
   if (plan.cluster == 0) return plan;
   if (plan.cluster == 1 && !plan.ahead && divergence <= DivergenceId::symmetric_kl && narrow && few->consumers == 512)
     plan.slot_columns = 8192;  // 0.95 instead of 0.93 at 32000

@@ -453,7 +453,8 @@ class RowSweep {
     return gradient && columns_ > 0;
   }
 
-  static constexpr float kRefineBelow = 0.005f;
+  // Nats: log-ratios of a spread of 0.1, and of 0.045 where 16 bits hide more.
+  static constexpr float kRefineBelow = sizeof(T) == 2 ? 0.001f : 0.005f;
 
   // The sum of the slopes. The values' is reported if it is the row's own divergence.
   template <class AnyD>
