@@ -2,7 +2,7 @@
 # VENV= (empty) uses the active environment as it is and installs nothing but this package.
 PYTHON ?= python3
 VENV ?= .venv
-SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp python/*) setup.py pyproject.toml
+SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh python/*) setup.py pyproject.toml
 
 ifeq ($(VENV),)
 RUN :=

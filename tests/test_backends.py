@@ -65,7 +65,7 @@ def test_asked_for_and_not_able(monkeypatch):
         pytest.raises(RuntimeError, match=r"'triton' was asked for and cannot serve.*cpu: Triton"),
     ):
         kd.distillation_loss(*logits_pair(2, 10))
-    with backends.use("native"), pytest.raises(RuntimeError, match="cannot serve tensors on meta: this build has"):
+    with backends.use("native"), pytest.raises(RuntimeError, match="cannot serve tensors on meta: the C"):
         kd.distillation_loss(*(x.to("meta") for x in logits_pair(2, 10)))
     with pytest.raises(ValueError, match="unknown backend 'cuda'"), backends.use("cuda"):
         pass
@@ -148,20 +148,6 @@ def test_the_interpreter_serves_the_cpu_on_request_alone():
     if triton.why_not(CPU) is None:
         with backends.use("triton"):
             assert backends.choose(CPU) == "triton"
-
-
-@pytest.mark.gpu
-def test_tensors_on_a_gpu_are_served_by_the_reference():
-    student, teacher = (x.cuda() for x in logits_pair(4, 1000))
-    labels = torch.tensor([0, 5, -100, 999]).cuda()
-    leaf = student.requires_grad_()
-    loss = kd.distillation_loss(leaf, teacher, labels, temperature=2.0, ce_weight=0.5)
-    loss.backward()
-    exact = student.detach().double().requires_grad_()
-    expected = kd.reference.distillation_loss(exact, teacher.double(), labels, temperature=2.0, ce_weight=0.5)
-    expected.backward()
-    assert_near("loss", loss, expected, 1e-5)
-    assert_near("gradient", leaf.grad, exact.grad, 1e-5)
 
 
 @pytest.mark.gpu
