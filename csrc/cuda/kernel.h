@@ -7,10 +7,8 @@
 
 namespace kdkernels::cuda {
 
-#ifndef KD_CONSUMERS
-#define KD_CONSUMERS 512
-#endif
-constexpr int kMaxConsumers = KD_CONSUMERS;
+// At 96 registers a thread. More threads with fewer are slower: docs/performance.md.
+constexpr int kMaxConsumers = 512;
 
 // The kernel's address, for the launch functions of the runtime.
 template <class T, template <class> class Divergence>
