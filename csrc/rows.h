@@ -27,6 +27,17 @@ enum class DivergenceId : int32_t {
   skew_reverse_kl = 5,
   total_variation = 6,
   alpha_beta = 7,
+  decoupled = 8,    // these two split the vocabulary by a StrongSet
+  adaptive_kl = 9,
+};
+
+// How a row's strong set S is chosen from the teacher's transformed logits; the rest is the weak set W.
+enum class StrongSetId : int32_t {
+  none = 0,
+  label = 1,  // the row's label alone
+  top_k = 2,  // logits >= the amount-th largest: ties enter as a whole
+  top_p = 3,  // the smallest {logit >= threshold} with amount of the teacher's mass; all from amount = 1 on
+  given = 4,  // the mask's
 };
 
 // The leading dimensions of a (..., V) tensor whose last one is contiguous; strides in elements. Row numbers count
@@ -62,27 +73,41 @@ struct Logits {
   Transform transform;
 };
 
+struct StrongSet {
+  StrongSetId id = StrongSetId::none;
+  double amount = 0;
+  const uint8_t* mask = nullptr;  // one byte a column, 0 or 1
+  RowLayout mask_rows;            // strides may be 0
+};
+
 // row = kd_weight·T²·D(p, q) + ce_weight·CE(label), times row_scale.
 struct RowProblem {
   Logits student, teacher;
   int64_t rows = 0;
   int64_t vocab_size = 0;
   int32_t divergence = 0;        // a DivergenceId
-  double parameters[2] = {};     // the divergence's own
+  double parameters[4] = {};     // the divergence's own; decoupled: bcd, scd, wcd, whether masses weight them (1 or 0)
+  StrongSet strong;
   double kd_weight = 1;
   double ce_weight = 0;          // > 0 needs labels
   bool scale_by_temperature = true;
   double temperature = 1;
-  const int64_t* labels = nullptr;  // one per row; outside [0, vocab_size): the row is NaN
+  const int64_t* labels = nullptr;  // one per row, where they are read; outside [0, vocab_size): the row is NaN
   bool scale_gradient = true;       // false: row_scale multiplies the loss alone (the caller scales the gradient)
 
   // Numbers per row are double where the student is float64, else float.
   const void* temperatures = nullptr;  // (rows), replaces temperature; may be null
   const void* row_scale = nullptr;     // (rows); a row with 0 is not read, its loss and gradient are 0
+  const void* weights = nullptr;       // (3), replaces decoupled's bcd, scd, wcd; may be null
   void* loss = nullptr;                // (rows)
-  void* stats = nullptr;               // (4, rows): student lse, teacher lse, divergence, cross-entropy
+  // (4, rows): student lse, teacher lse, divergence, cross-entropy; decoupled (9, rows): also BCD, SCD, WCD, the
+  // teacher's and the student's mass of S.
+  void* stats = nullptr;
   void* gradient = nullptr;  // null: none wanted. dtype of the student; may be the student's own memory
   RowLayout gradient_rows;
+
+  KD_INLINE bool with_ce() const { return ce_weight != 0; }
+  KD_INLINE bool reads_labels() const { return with_ce() || strong.id == StrongSetId::label; }
 };
 
 }  // namespace kdkernels

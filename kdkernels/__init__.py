@@ -5,7 +5,11 @@ from importlib.metadata import version as _version
 
 from kdkernels import backends, reference
 from kdkernels.divergences import (
+    CAKD,
+    DKD,
+    AdaptiveKL,
     AlphaBeta,
+    Decoupled,
     Divergence,
     ForwardKL,
     JensenShannon,
@@ -18,6 +22,7 @@ from kdkernels.divergences import (
 from kdkernels.losses import distillation_loss
 from kdkernels.modules import DistillationLoss
 from kdkernels.stats import RowStats
+from kdkernels.strong_sets import Given, Label, StrongSet, TopK, TopP
 
 try:
     __version__ = _version("kdkernels")
@@ -25,16 +30,25 @@ except _PackageNotFoundError:  # imported from a checkout that was never install
     __version__ = "0+unknown"
 
 __all__ = [
+    "CAKD",
+    "DKD",
+    "AdaptiveKL",
     "AlphaBeta",
+    "Decoupled",
     "DistillationLoss",
     "Divergence",
     "ForwardKL",
+    "Given",
     "JensenShannon",
+    "Label",
     "ReverseKL",
     "RowStats",
     "SkewForwardKL",
     "SkewReverseKL",
+    "StrongSet",
     "SymmetricKL",
+    "TopK",
+    "TopP",
     "TotalVariation",
     "__version__",
     "backends",

@@ -10,7 +10,8 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from kdkernels.divergences import Divergence, resolve
+from kdkernels.divergences import Decoupled, Divergence, resolve
+from kdkernels.strong_sets import Given, Label, TopK
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -184,6 +185,41 @@ def _check_normalizer(normalizer: float | Tensor, reduction: str, student: Tenso
         raise ValueError(f"normalizer must not be negative, got {normalizer}")
 
 
+def _check_divergence(
+    divergence: Divergence, vocab_size: int, labels: Tensor | None, student: Tensor, teacher: Tensor
+) -> None:
+    """What a divergence's own arguments have to do with the logits."""
+    strong = divergence.strong_set()
+    if isinstance(strong, Label) and labels is None:
+        raise ValueError("labels are needed for a divergence whose strong set is Label(), got None")
+    if isinstance(strong, TopK) and strong.k > vocab_size:
+        raise ValueError(f"TopK: k must not exceed the vocabulary, {vocab_size} tokens, got {strong.k}")
+    if isinstance(strong, Given):
+        _check_mask(strong.mask, vocab_size, student, teacher)
+    if isinstance(divergence, Decoupled):
+        for name, weight in zip(("bcd", "scd", "wcd"), divergence.weights(), strict=True):
+            if isinstance(weight, Tensor) and weight.device != student.device and weight.device.type != "cpu":
+                raise ValueError(
+                    f"Decoupled: {name} is on {weight.device}, student_logits on {student.device}; move one"
+                )
+
+
+def _check_mask(mask: Tensor, vocab_size: int, student: Tensor, teacher: Tensor) -> None:
+    rows, widths = student.shape[:-1], {vocab_size, student.shape[-1], teacher.shape[-1]}
+    if mask.shape[-1] not in widths or mask.shape[:-1] not in ((), rows):
+        either = " or ".join(str(width) for width in sorted(widths))
+        raise ValueError(
+            f"Given: mask must be (V,) or {(*tuple(rows), 'V')} with V = {either}, got shape {tuple(mask.shape)}"
+        )
+    if mask.device != student.device:
+        raise ValueError(f"Given: mask is on {mask.device}, student_logits on {student.device}; move one of them")
+    if mask.stride(-1) != 1 and mask.shape[-1] > 1:
+        raise ValueError(
+            f"Given: mask must be contiguous in its last dimension, got strides {tuple(mask.stride())} "
+            f"for shape {tuple(mask.shape)}; call .contiguous() on it"
+        )
+
+
 def check(
     student_logits: Tensor,
     teacher: Tensor,
@@ -227,6 +263,7 @@ def check(
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if labels is not None:
         _check_labels(labels, ignore_index, vocab, student_logits)
+    _check_divergence(resolved, vocab, labels, student_logits, teacher)
     if weight is not None:
         if not isinstance(weight, Tensor):
             raise TypeError(f"weight must be a float Tensor, got {type(weight).__name__}")

@@ -10,6 +10,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
+from kdkernels.strong_sets import Label, StrongSet, TopP
+
 
 def _check_finite(owner: object, **values: float) -> None:
     for name, value in values.items():
@@ -39,6 +43,10 @@ class Divergence:
     def parameters(self) -> tuple[float, ...]:
         """The numbers a kernel of this ``name`` takes."""
         return ()
+
+    def strong_set(self) -> StrongSet | None:
+        """How the vocabulary is split, where it is."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,135 @@ class AlphaBeta(Divergence):
         return self
 
 
+def _check_term_weights(owner: object, **weights: float | Tensor) -> None:
+    for name, weight in weights.items():
+        if isinstance(weight, Tensor):
+            if weight.dim() != 0 or not weight.is_floating_point():
+                raise ValueError(
+                    f"{type(owner).__name__}: {name} must be a number or a 0-dim float Tensor, "
+                    f"got shape {tuple(weight.shape)}, {weight.dtype}"
+                )
+            if weight.requires_grad:
+                raise ValueError(f"{type(owner).__name__}: {name} requires grad, but gets none; detach it")
+            continue
+        _check_finite(owner, **{name: weight})
+        if weight < 0:
+            raise ValueError(f"{type(owner).__name__}: {name} must not be negative, got {weight}")
+
+
+def _check_strong(owner: object, strong: StrongSet) -> None:
+    if not isinstance(strong, StrongSet):
+        hint = f"; did you mean {strong.__name__}(...)?" if isinstance(strong, type) else ""
+        raise TypeError(
+            f"{type(owner).__name__}: strong must be Label(), TopK(k), TopP(mass) or Given(mask), got {strong!r}{hint}"
+        )
+
+
+@dataclass(frozen=True)
+class Decoupled(Divergence):
+    r"""bcd·BCD + scd·P_S·SCD + wcd·P_W·WCD over a strong set S of tokens and the rest W.
+
+    With P_S, P_W the teacher's and Q_S, Q_W the student's masses of the sets, and p̃, q̃ the distributions within a set,
+
+    .. math:: BCD = KL([P_S, P_W] ‖ [Q_S, Q_W]), \quad SCD = KL(p̃_S ‖ q̃_S), \quad WCD = KL(p̃_W ‖ q̃_W)
+
+    so that all weights 1 are :class:`ForwardKL` (Eq. 3 of the survey Yang et al. 2025; CAKD, arXiv 2410.14741).
+
+    Args:
+        strong: S, one of :class:`Label`, :class:`TopK`, :class:`TopP`, :class:`Given`.
+        bcd, scd, wcd: the terms' weights, not negative: numbers, or 0-dim float Tensors, which may change from call to
+            call and are not read back from the device.
+        mass_weighted: False leaves out the factors P_S and P_W, which suppress a term where its set has little mass.
+    """
+
+    strong: StrongSet
+    bcd: float | Tensor = 1.0
+    scd: float | Tensor = 1.0
+    wcd: float | Tensor = 1.0
+    mass_weighted: bool = True
+    name: ClassVar[str] = "decoupled"
+
+    def __post_init__(self) -> None:
+        _check_strong(self, self.strong)
+        _check_term_weights(self, bcd=self.bcd, scd=self.scd, wcd=self.wcd)
+        if not isinstance(self.mass_weighted, bool):
+            raise TypeError(f"Decoupled: mass_weighted must be True or False, got {self.mass_weighted!r}")
+
+    def parameters(self) -> tuple[float, ...]:
+        """The terms' weights, 0 for one that is a Tensor (see :meth:`weights`), and whether masses multiply them."""
+        numbers = (0.0 if isinstance(weight, Tensor) else float(weight) for weight in self.weights())
+        return (*numbers, float(self.mass_weighted))
+
+    def weights(self) -> tuple[float | Tensor, float | Tensor, float | Tensor]:
+        """The weights of BCD, SCD and WCD."""
+        return self.bcd, self.scd, self.wcd
+
+    def strong_set(self) -> StrongSet:
+        return self.strong
+
+
+@dataclass(frozen=True)
+class DKD(Divergence):
+    r"""alpha·TCKD + beta·NCKD: decoupled knowledge distillation (Zhao et al. 2022, arXiv 2203.08679).
+
+    TCKD compares label against the rest, NCKD the distributions over the rest:
+    ``Decoupled(Label(), bcd=alpha, wcd=beta, mass_weighted=False)``. Needs ``labels``.
+    """
+
+    alpha: float | Tensor = 1.0
+    beta: float | Tensor = 8.0
+    name: ClassVar[str] = "dkd"
+
+    def __post_init__(self) -> None:
+        _check_term_weights(self, alpha=self.alpha, beta=self.beta)
+
+    def canonical(self) -> Divergence:
+        return Decoupled(Label(), bcd=self.alpha, wcd=self.beta, mass_weighted=False)
+
+
+@dataclass(frozen=True)
+class CAKD(Divergence):
+    r"""BCD + alpha·SCD + beta·WCD: concept-aware knowledge distillation (arXiv 2410.14741).
+
+    ``Decoupled(strong, scd=alpha, wcd=beta, mass_weighted=False)``.
+    """
+
+    alpha: float | Tensor
+    beta: float | Tensor
+    strong: StrongSet
+    name: ClassVar[str] = "cakd"
+
+    def __post_init__(self) -> None:
+        _check_term_weights(self, alpha=self.alpha, beta=self.beta)
+        _check_strong(self, self.strong)
+
+    def canonical(self) -> Divergence:
+        return Decoupled(self.strong, scd=self.alpha, wcd=self.beta, mass_weighted=False)
+
+
+@dataclass(frozen=True)
+class AdaptiveKL(Divergence):
+    r"""(g_h·KL(p‖q) + g_t·KL(q‖p)) / (g_h + g_t): adaptive KL (AKL, arXiv 2404.02657).
+
+    The head is :class:`TopP` (mu), the tail the rest; g_h and g_t are Σ |p - q| over each, constants to the gradient.
+    0 where p = q.
+
+    Args:
+        mu: the head's mass, 0 < mu <= 1.
+    """
+
+    mu: float = 0.5
+    name: ClassVar[str] = "adaptive_kl"
+
+    def __post_init__(self) -> None:
+        _check_finite(self, mu=self.mu)
+        if not 0 < self.mu <= 1:
+            raise ValueError(f"AdaptiveKL: mu must lie in (0, 1], got {self.mu}")
+
+    def strong_set(self) -> StrongSet:
+        return TopP(self.mu)
+
+
 BY_NAME: dict[str, type[Divergence]] = {
     cls.name: cls
     for cls in (
@@ -175,6 +312,7 @@ BY_NAME: dict[str, type[Divergence]] = {
         SkewReverseKL,
         TotalVariation,
         AlphaBeta,
+        AdaptiveKL,
     )
 }
 

@@ -11,8 +11,9 @@ from typing_extensions import Unpack
 from kdkernels import backends, ops, reference
 from kdkernels._arguments import Arguments, LossOptions, check
 from kdkernels.backends.native import RowOptions
-from kdkernels.divergences import Divergence
+from kdkernels.divergences import Decoupled, Divergence
 from kdkernels.stats import RowStats
+from kdkernels.strong_sets import Given
 
 
 @overload
@@ -129,7 +130,7 @@ def distillation_loss(
     loss, rows = _fused(arguments, backend if backends.asked() else backends.AUTO, form_gradient, inplace)
     if not return_stats:
         return loss
-    return loss, RowStats(rows[0], rows[1], rows[2], rows[3] if arguments.ce_weight > 0 else None)
+    return loss, RowStats(rows[0], rows[1], rows[2], rows[3] if arguments.ce_weight > 0 else None, *rows[4:])
 
 
 def _check_inplace(student: Tensor) -> None:
@@ -143,11 +144,12 @@ def _check_inplace(student: Tensor) -> None:
 
 
 def _fused(a: Arguments, backend: str, form_gradient: bool, inplace: bool) -> tuple[Tensor, Tensor]:
-    """The reduced loss, and the rows' statistics (4, ...)."""
+    """The reduced loss, and the rows' statistics (4 or 9, ...)."""
     scale = _row_scale(a)
-    with_ce = a.ce_weight > 0
-    labels = a.labels if with_ce else None
     temperatures = _temperatures(a, scale)
+    strong = a.divergence.strong_set()
+    mask = strong.mask if isinstance(strong, Given) else None
+    weights = _term_weights(a, scale)
     options = RowOptions(
         divergence=a.divergence.name,
         parameters=a.divergence.parameters(),
@@ -161,21 +163,20 @@ def _fused(a: Arguments, backend: str, form_gradient: bool, inplace: bool) -> tu
         teacher_logit_scale=float(a.teacher_transform.logit_scale),
         teacher_softcap=float(a.teacher_transform.softcap or 0),
         scale_gradient=not ops.scales_late(a.student),
+        strong="" if strong is None else strong.name,
+        strong_amount=0.0 if strong is None else strong.amount,
     )
-    if ops.plain_eager(a.student, a.teacher, labels, scale, temperatures):
-        loss, stats = ops.eager_row_loss(
-            a.student, a.teacher, labels, scale, temperatures, backend, options, form_gradient, inplace
-        )
+    tensors = (a.student, a.teacher, a.labels if options.reads_labels else None, scale, temperatures, weights, mask)
+    if ops.plain_eager(*tensors):
+        loss, stats = ops.eager_row_loss(*tensors, backend, options, form_gradient, inplace)
     else:
         loss, stats, _ = ops.row_loss(
-            a.student,
-            a.teacher,
-            labels,
-            scale,
-            temperatures,
+            *tensors,
             backend,
             options.divergence,
             list(options.parameters),
+            options.strong,
+            options.strong_amount,
             options.temperature,
             options.kd_weight,
             options.ce_weight,
@@ -220,3 +221,11 @@ def _temperatures(a: Arguments, scale: Tensor) -> Tensor | None:
     if not isinstance(a.temperature, Tensor):
         return None
     return a.temperature.detach().to(scale).expand(scale.shape)
+
+
+def _term_weights(a: Arguments, scale: Tensor) -> Tensor | None:  # (3,)
+    """A decoupled divergence's weights where one of them is a Tensor: on the device, never read back."""
+    weights = a.divergence.weights() if isinstance(a.divergence, Decoupled) else ()
+    if not any(isinstance(weight, Tensor) for weight in weights):
+        return None
+    return torch.stack([w.detach().to(scale) if isinstance(w, Tensor) else scale.new_full((), w) for w in weights])

@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.library import Library
 
 from kdkernels import backends
-from kdkernels.backends.native import RowOptions
+from kdkernels.backends.native import RowOptions, number_of_stats
 
 _LIBRARY = Library("kdkernels", "DEF")
 _LIBRARY.define(
     "row_loss("
-    "Tensor student, Tensor teacher, Tensor? labels, Tensor row_scale, Tensor? temperatures, str backend, "
-    "str divergence, float[] parameters, float temperature, float kd_weight, float ce_weight, "
+    "Tensor student, Tensor teacher, Tensor? labels, Tensor row_scale, Tensor? temperatures, "
+    "Tensor? weights, Tensor? mask, str backend, str divergence, float[] parameters, str strong, "
+    "float strong_amount, float temperature, float kd_weight, float ce_weight, "
     "bool scale_by_temperature, SymInt vocab_size, float student_logit_scale, float student_softcap, "
     "float teacher_logit_scale, float teacher_softcap, bool form_gradient, bool own_gradient"
     ") -> (Tensor loss, Tensor stats, Tensor gradient)",
@@ -28,8 +29,8 @@ _LIBRARY.define(
 _LIBRARY.define("scale_rows(Tensor values, Tensor factors, str backend) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _outputs(student: Tensor, row_scale: Tensor) -> tuple[Tensor, Tensor]:
-    return row_scale.new_empty(row_scale.shape), row_scale.new_empty((4, *row_scale.shape))
+def _outputs(row_scale: Tensor, divergence: str) -> tuple[Tensor, Tensor]:
+    return row_scale.new_empty(row_scale.shape), row_scale.new_empty((number_of_stats(divergence), *row_scale.shape))
 
 
 def scales_late(student: Tensor) -> bool:
@@ -46,9 +47,13 @@ def _row_loss(
     labels: Tensor | None,  # (...)
     row_scale: Tensor,  # (...)
     temperatures: Tensor | None,  # (...)
+    weights: Tensor | None,  # (3,)
+    mask: Tensor | None,  # (V,) or (..., V) bool
     backend: str,
     divergence: str,
     parameters: list[float],
+    strong: str,
+    strong_amount: float,
     temperature: float,
     kd_weight: float,
     ce_weight: float,
@@ -74,19 +79,23 @@ def _row_loss(
         teacher_logit_scale,
         teacher_softcap,
         scale_gradient=not scales_late(student),
+        strong=strong,
+        strong_amount=strong_amount,
     )
-    loss, stats = _outputs(student, row_scale)
+    loss, stats = _outputs(row_scale, divergence)
     gradient = backends.sweep(backend, student.device).empty_gradient(student) if form_gradient else None
-    backends.row_loss(backend, student, teacher, labels, row_scale, temperatures, options, gradient, loss, stats)
+    backends.row_loss(
+        backend, student, teacher, labels, row_scale, temperatures, weights, mask, options, gradient, loss, stats
+    )
     return loss, stats, student.new_empty(0) if gradient is None else gradient
 
 
 def _row_loss_fake(
     student: Tensor, teacher: Tensor, labels: Tensor | None, row_scale: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    form_gradient = options[-2]
+    divergence, form_gradient = options[4], options[-2]
     gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
-    return (*_outputs(student, row_scale), gradient if form_gradient else student.new_empty(0))
+    return (*_outputs(row_scale, divergence), gradient if form_gradient else student.new_empty(0))
 
 
 def _scale_rows(values: Tensor, factors: Tensor, backend: str) -> Tensor:
@@ -125,7 +134,7 @@ def _scaled(gradient: Tensor, factors: Tensor, backend: str, *, own: bool) -> Te
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    student, row_scale, backend, own_gradient = inputs[0], inputs[3], inputs[5], inputs[-1]
+    student, row_scale, backend, own_gradient = inputs[0], inputs[3], inputs[7], inputs[-1]
     _, stats, gradient = output
     ctx.mark_non_differentiable(stats, gradient)
     ctx.set_materialize_grads(False)
@@ -152,7 +161,7 @@ torch.library.register_fake("kdkernels::row_loss", _row_loss_fake, lib=_LIBRARY)
 torch.library.register_fake("kdkernels::scale_rows", _scale_rows_fake, lib=_LIBRARY)
 torch.library.register_autograd("kdkernels::row_loss", _backward, setup_context=_setup_context, lib=_LIBRARY)
 
-#: loss (...), stats (4, ...), gradient (..., V) or (0,): see the schema above.
+#: loss (...), stats (4 or 9, ...), gradient (..., V) or (0,): see the schema above.
 row_loss = torch.ops.kdkernels.row_loss.default
 
 
@@ -180,13 +189,17 @@ class EagerRowLoss(torch.autograd.Function):
         labels: Tensor | None,
         row_scale: Tensor,
         temperatures: Tensor | None,
+        weights: Tensor | None,
+        mask: Tensor | None,
         backend: str,
         options: RowOptions,
         inplace: bool,
     ) -> tuple[Tensor, Tensor]:
-        loss, stats = _outputs(student, row_scale)
+        loss, stats = _outputs(row_scale, options.divergence)
         gradient = student if inplace else backends.sweep(backend, student.device).empty_gradient(student)
-        backends.row_loss(backend, student, teacher, labels, row_scale, temperatures, options, gradient, loss, stats)
+        backends.row_loss(
+            backend, student, teacher, labels, row_scale, temperatures, weights, mask, options, gradient, loss, stats
+        )
         if inplace:  # whoever saved these logits for a backward of its own is told that they are gone
             torch.autograd.graph.increment_version(student)
         ctx.save_for_backward(gradient, row_scale)
@@ -200,11 +213,11 @@ class EagerRowLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         of_loss = gradients[0]
         if of_loss is None:
-            return (None,) * 8
+            return (None,) * 10
         _refuse_double_backward()
         gradient, row_scale = ctx.saved_tensors
         factors = _incoming(of_loss, row_scale, ctx.late)
-        return (_scaled(gradient.detach(), factors, ctx.backend, own=True), *(None,) * 7)
+        return (_scaled(gradient.detach(), factors, ctx.backend, own=True), *(None,) * 9)
 
 
 def eager_row_loss(
@@ -213,15 +226,18 @@ def eager_row_loss(
     labels: Tensor | None,
     row_scale: Tensor,
     temperatures: Tensor | None,
+    weights: Tensor | None,
+    mask: Tensor | None,
     backend: str,
     options: RowOptions,
     form_gradient: bool,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
-    """loss (...) and stats (4, ...)."""
+    """loss (...) and stats (4 or 9, ...)."""
+    others = (teacher, labels, row_scale, temperatures, weights, mask)
     if form_gradient:
-        loss, stats = EagerRowLoss.apply(student, teacher, labels, row_scale, temperatures, backend, options, inplace)
+        loss, stats = EagerRowLoss.apply(student, *others, backend, options, inplace)
         return loss, stats
-    loss, stats = _outputs(student, row_scale)
-    backends.row_loss(backend, student.detach(), teacher, labels, row_scale, temperatures, options, None, loss, stats)
+    loss, stats = _outputs(row_scale, options.divergence)
+    backends.row_loss(backend, student.detach(), *others, options, None, loss, stats)
     return loss, stats

@@ -6,7 +6,7 @@ Slow and memory-hungry on purpose (several full-vocabulary copies); any float dt
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from typing_extensions import Unpack
 
 from kdkernels._arguments import Arguments, LossOptions, Transform, check
 from kdkernels.divergences import (
+    AdaptiveKL,
     AlphaBeta,
+    Decoupled,
     Divergence,
     ForwardKL,
     JensenShannon,
@@ -26,6 +28,7 @@ from kdkernels.divergences import (
     resolve,
 )
 from kdkernels.stats import RowStats
+from kdkernels.strong_sets import Given, Label, StrongSet, TopK, TopP
 
 
 def _weighted(log_a: Tensor, log_ratio: Tensor) -> Tensor:
@@ -61,6 +64,92 @@ def _alpha_beta(log_p: Tensor, log_q: Tensor, a: float, b: float) -> Tensor:
     return -(power(a, b) - a / c * power(c, 0) - b / c * power(0, c)) / (a * b)
 
 
+def strong_tokens(
+    scores: Tensor,  # (..., V)
+    log_p: Tensor,  # (..., V)
+    strong: StrongSet,
+    labels: Tensor | None = None,  # (...)
+) -> Tensor:  # (..., V) bool
+    """Which tokens belong to S; ``scores`` are the teacher's logits, or anything in their order."""
+    if isinstance(strong, Label):
+        if labels is None:
+            raise ValueError("labels are needed for a divergence whose strong set is Label(), got None")
+        return labels.unsqueeze(-1) == torch.arange(scores.shape[-1], device=scores.device)
+    if isinstance(strong, Given):
+        return strong.mask[..., : scores.shape[-1]].expand(scores.shape)
+    if isinstance(strong, TopK):
+        return scores >= scores.topk(strong.k, -1).values[..., -1:]
+    if not isinstance(strong, TopP):
+        raise TypeError(f"strong: no reference for {strong!r}")
+    if strong.mass == 1:
+        return torch.ones_like(scores, dtype=torch.bool)
+    ordered, order = scores.sort(-1, descending=True)
+    held = log_p.gather(-1, order).double().exp().cumsum(-1)
+    last = (held < strong.mass * held[..., -1:]).sum(-1, keepdim=True)
+    return scores >= ordered.gather(-1, last.clamp(max=scores.shape[-1] - 1))
+
+
+class DecoupledTerms(NamedTuple):
+    """Per row (...), before any weight: differentiable in log_q, but for the teacher's mass."""
+
+    bcd: Tensor
+    scd: Tensor
+    wcd: Tensor
+    strong_mass_teacher: Tensor
+    strong_mass_student: Tensor
+    weak_mass_teacher: Tensor
+
+
+def _within(log_p: Tensor, log_q: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a set of tokens: both models' log-masses, and KL(p‖q) of the distributions inside it."""
+    log_p, log_q = log_p.masked_fill(~inside, -torch.inf), log_q.masked_fill(~inside, -torch.inf)
+    # A set without mass (or without tokens) has no distribution; its numbers are put in after the arithmetic.
+    some_p, some_q = (log_p > -torch.inf).any(-1), (log_q > -torch.inf).any(-1)
+    log_p = torch.where(some_p[..., None], log_p, 0)
+    log_q = torch.where(some_q[..., None], log_q, 0)
+    mass_p, mass_q = log_p.logsumexp(-1), log_q.logsumexp(-1)
+    divergence = _kl(log_p - mass_p[..., None], log_q - mass_q[..., None]).sum(-1)
+    divergence = torch.where(some_q, divergence, torch.inf)
+    return (
+        torch.where(some_p, mass_p, -torch.inf),
+        torch.where(some_q, mass_q, -torch.inf),
+        torch.where(some_p, divergence, 0),
+    )
+
+
+def decoupled_terms(
+    log_p: Tensor,  # (..., V)
+    log_q: Tensor,  # (..., V)
+    strong: Tensor,  # (..., V) bool
+) -> DecoupledTerms:
+    """BCD, SCD and WCD, and the sets' masses."""
+    in_s, in_w = _within(log_p, log_q, strong), _within(log_p, log_q, ~strong)
+    binary = _kl(in_s[0], in_s[1]) + _kl(in_w[0], in_w[1])
+    one_set = strong.all(-1) | ~strong.any(-1)
+    return DecoupledTerms(
+        torch.where(one_set, 0, binary), in_s[2], in_w[2], in_s[0].exp(), in_s[1].exp(), in_w[0].exp()
+    )
+
+
+def _decoupled(terms: DecoupledTerms, which: Decoupled) -> Tensor:
+    strong_mass, weak_mass = (terms.strong_mass_teacher, terms.weak_mass_teacher) if which.mass_weighted else (1, 1)
+    parts = ((which.bcd, terms.bcd), (which.scd, strong_mass * terms.scd), (which.wcd, weak_mass * terms.wcd))
+    total = torch.zeros_like(terms.bcd)
+    for weight, term in parts:
+        weight = weight.detach().to(term) if isinstance(weight, Tensor) else torch.as_tensor(weight).to(term)
+        total = total + torch.where(weight != 0, weight * term, 0)  # 0·inf is 0
+    return total
+
+
+def _adaptive_kl(log_p: Tensor, log_q: Tensor, head: Tensor) -> Tensor:
+    apart = (log_p.exp() - log_q.exp()).abs().detach()
+    head_gap = torch.where(head, apart, 0).sum(-1)
+    gap = apart.sum(-1)
+    by_head = torch.where(gap > 0, head_gap / torch.where(gap > 0, gap, 1), 1)
+    forward, reverse = _kl(log_p, log_q).sum(-1), _kl(log_q, log_p).sum(-1)
+    return torch.where(by_head > 0, by_head * forward, 0) + torch.where(by_head < 1, (1 - by_head) * reverse, 0)
+
+
 def divergence(
     log_p: Tensor,  # (..., V)
     log_q: Tensor,  # (..., V)
@@ -73,12 +162,17 @@ def divergence(
         log_p, log_q: (..., V) log-probabilities; -inf is a probability of 0. A column that is -inf on both sides
             contributes nothing.
         divergence: which one.
-        labels: for divergences that depend on the label; the pointwise ones do not.
+        labels: (...) int64, for divergences whose strong set is the label.
 
     Returns:
         (...) tensor of the inputs' dtype, differentiable in ``log_q``.
     """
     which = resolve(divergence)
+    strong = which.strong_set()
+    return _divergence(log_p, log_q, which, None if strong is None else strong_tokens(log_p, log_p, strong, labels))
+
+
+def _divergence(log_p: Tensor, log_q: Tensor, which: Divergence, strong: Tensor | None) -> Tensor:
     dead = (log_p == -torch.inf) & (log_q == -torch.inf)
     log_p, log_q = log_p.masked_fill(dead, 0), log_q.masked_fill(dead, 0)
     if isinstance(which, ForwardKL):
@@ -96,6 +190,12 @@ def divergence(
         terms = _kl(log_q, _log_mixture(log_q, log_p, which.lam))
     elif isinstance(which, TotalVariation):
         terms = (log_p.exp() - log_q.exp()).abs() / 2
+    elif isinstance(which, Decoupled) and strong is not None:
+        return _decoupled(
+            decoupled_terms(log_p.masked_fill(dead, -torch.inf), log_q.masked_fill(dead, -torch.inf), strong), which
+        )
+    elif isinstance(which, AdaptiveKL) and strong is not None:
+        return _adaptive_kl(log_p.masked_fill(dead, -torch.inf), log_q.masked_fill(dead, -torch.inf), strong)
     elif isinstance(which, AlphaBeta):
         terms = _alpha_beta(log_p, log_q, which.alpha, which.beta)
     else:
@@ -130,7 +230,16 @@ def rows(a: Arguments) -> tuple[Tensor, RowStats]:
         temperature = torch.where((temperature > 0) & (temperature < torch.inf), temperature, torch.nan)
     over_vocab = temperature[..., None] if isinstance(temperature, Tensor) else temperature
     s, t = student / over_vocab, teacher / over_vocab
-    distance = divergence(torch.log_softmax(t, -1), torch.log_softmax(s, -1), a.divergence)
+    log_p, log_q = torch.log_softmax(t, -1), torch.log_softmax(s, -1)
+    strong_set, terms = a.divergence.strong_set(), None
+    strong = None if strong_set is None else strong_tokens(teacher, log_p.detach(), strong_set, a.labels)
+    if isinstance(a.divergence, Decoupled) and strong is not None:
+        terms = decoupled_terms(log_p, log_q, strong)
+        distance = _decoupled(terms, a.divergence)
+    else:
+        distance = _divergence(log_p, log_q, a.divergence, strong)
+    if isinstance(strong_set, Label) and a.labels is not None:
+        distance = torch.where((a.labels >= 0) & (a.labels < a.vocab_size) | ~counting, distance, torch.nan)
     loss = torch.zeros_like(distance)
     if a.kd_weight != 0:
         loss = a.kd_weight * distance * (temperature**2 if a.scale_by_temperature else 1)
@@ -147,6 +256,7 @@ def rows(a: Arguments) -> tuple[Tensor, RowStats]:
         clean(t.logsumexp(-1)).detach(),
         clean(distance).detach(),
         None if hard is None else clean(hard).detach(),
+        *(() if terms is None else (clean(term).detach() for term in terms[:5])),
     )
     return clean(loss), stats
 
@@ -174,9 +284,7 @@ def loss_from(a: Arguments) -> tuple[Tensor, RowStats]:
     elif a.reduction == "sum":
         loss = loss.sum()
     out = torch.float64 if a.student.dtype == torch.float64 else torch.float32
-    hard = None if stats.cross_entropy is None else stats.cross_entropy.to(out)
-    dense = RowStats(stats.student_lse.to(out), stats.teacher_lse.to(out), stats.divergence.to(out), hard)
-    return loss.to(out), dense
+    return loss.to(out), RowStats(*(None if stat is None else stat.to(out) for stat in stats))  # type: ignore[arg-type]
 
 
 @overload

@@ -21,3 +21,13 @@ class RowStats(NamedTuple):
     divergence: Tensor
     #: -log softmax(student)[label] at temperature 1; None where ce_weight is 0.
     cross_entropy: Tensor | None
+    #: Of a decoupled divergence, else None: KL([P_S, P_W] || [Q_S, Q_W]) of the sets' masses.
+    bcd: Tensor | None = None
+    #: KL within the strong set S, before weights and mass; 0 where S holds no teacher mass.
+    scd: Tensor | None = None
+    #: KL within the weak set W, before weights and mass; 0 where W holds no teacher mass.
+    wcd: Tensor | None = None
+    #: P_S: what the teacher gives to the strong set.
+    strong_mass_teacher: Tensor | None = None
+    #: Q_S: what the student gives to it.
+    strong_mass_student: Tensor | None = None

@@ -45,14 +45,18 @@ kd::Logits logits(std::uintptr_t data, int dtype, int64_t width, const std::vect
 }
 
 kd::RowProblem row_problem(const kd::Logits& student, const kd::Logits& teacher, int64_t rows, int64_t vocab_size,
-                           int divergence, const std::vector<double>& parameters, double kd_weight, double ce_weight,
+                           int divergence, const std::vector<double>& parameters, std::uintptr_t weights, int strong,
+                           double strong_amount, std::uintptr_t mask, const std::vector<int64_t>& mask_sizes,
+                           const std::vector<int64_t>& mask_strides, double kd_weight, double ce_weight,
                            bool scale_by_temperature, double temperature, std::uintptr_t temperatures,
                            std::uintptr_t labels, std::uintptr_t row_scale, bool scale_gradient, std::uintptr_t loss,
                            std::uintptr_t stats, std::uintptr_t gradient, const std::vector<int64_t>& gradient_sizes,
                            const std::vector<int64_t>& gradient_strides) {
-  if (parameters.size() > 2) throw std::invalid_argument("a divergence has up to 2 parameters");
-  if (divergence < 0 || divergence > int(kd::DivergenceId::alpha_beta))
+  if (parameters.size() > 4) throw std::invalid_argument("a divergence has up to 4 parameters");
+  if (divergence < 0 || divergence > int(kd::DivergenceId::adaptive_kl))
     throw std::invalid_argument("unknown divergence id " + std::to_string(divergence));
+  if (strong < 0 || strong > int(kd::StrongSetId::given))
+    throw std::invalid_argument("unknown strong set id " + std::to_string(strong));
   kd::RowProblem p;
   p.student = student;
   p.teacher = teacher;
@@ -60,6 +64,9 @@ kd::RowProblem row_problem(const kd::Logits& student, const kd::Logits& teacher,
   p.vocab_size = vocab_size;
   p.divergence = divergence;
   for (size_t i = 0; i < parameters.size(); i++) p.parameters[i] = parameters[i];
+  p.weights = pointer(weights);
+  p.strong = {static_cast<kd::StrongSetId>(strong), strong_amount, pointer<const uint8_t>(mask),
+              layout(mask_sizes, mask_strides)};
   p.kd_weight = kd_weight;
   p.ce_weight = ce_weight;
   p.scale_by_temperature = scale_by_temperature;
@@ -117,8 +124,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("max_row_dims") = py::int_(int(kd::RowLayout::max_dims));
   py::class_<kd::RowProblem>(m, "RowProblem")
       .def(py::init(&row_problem), py::kw_only(), py::arg("student"), py::arg("teacher"), py::arg("rows"),
-           py::arg("vocab_size"), py::arg("divergence"), py::arg("parameters"), py::arg("kd_weight"),
-           py::arg("ce_weight"), py::arg("scale_by_temperature"), py::arg("temperature"), py::arg("temperatures"),
+           py::arg("vocab_size"), py::arg("divergence"), py::arg("parameters"), py::arg("weights"),
+           py::arg("strong"), py::arg("strong_amount"), py::arg("mask"), py::arg("mask_sizes"), py::arg("mask_strides"),
+           py::arg("kd_weight"), py::arg("ce_weight"), py::arg("scale_by_temperature"), py::arg("temperature"), py::arg("temperatures"),
            py::arg("labels"), py::arg("row_scale"), py::arg("scale_gradient"), py::arg("loss"), py::arg("stats"),
            py::arg("gradient"), py::arg("gradient_sizes"), py::arg("gradient_strides"));
 #ifdef KD_CUDA

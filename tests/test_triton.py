@@ -189,7 +189,9 @@ def test_labels_out_of_range_are_nan_in_their_row():
     student, teacher = logits_pair(3, 100)
     options = RowOptions("forward_kl", (), 1.0, 1.0, 0.5, True, 100, 1.0, 0.0, 1.0, 0.0, True)
     loss, stats, gradient = torch.empty(3), torch.empty(4, 3), torch.empty(3, 100)
-    triton.row_loss(student, teacher, torch.tensor([1, 100, -7]), torch.ones(3), None, options, gradient, loss, stats)
+    triton.row_loss(
+        student, teacher, torch.tensor([1, 100, -7]), torch.ones(3), None, None, None, options, gradient, loss, stats
+    )
     assert loss.isnan().tolist() == [False, True, True]
     assert stats.isnan().any(0).tolist() == [False, True, True]
     assert gradient[1:].isnan().all()

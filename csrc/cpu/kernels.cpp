@@ -16,7 +16,7 @@ void sweep_rows(const RowProblem& problem, int64_t begin, int64_t end) {
 template <class Math, template <class> class... Ds>
 void dispatch(DivergenceList<Ds...>, const RowProblem& problem, int64_t begin, int64_t end) {
   static constexpr SweepFunction by_id[] = {sweep_rows<Math, Ds>...};
-  by_id[problem.divergence](problem, begin, end);
+  if (problem.divergence < int(sizeof...(Ds))) by_id[problem.divergence](problem, begin, end);
 }
 
 void sweep(const RowProblem& problem, int64_t begin, int64_t end) {

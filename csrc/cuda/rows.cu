@@ -133,6 +133,7 @@ std::string why_not(int device) {
 }
 
 std::string why_not_rows(const RowProblem& p) {
+  if (p.strong.id != StrongSetId::none) return "a divergence that splits the vocabulary";
   if (p.student.dtype != p.teacher.dtype) return "student and teacher logits differ in dtype";
   if (p.student.dtype == DType::float64) return "float64 logits";
   if (!p.student.transform.identity() || !p.teacher.transform.identity()) return "logit scales and softcaps";

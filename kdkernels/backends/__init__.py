@@ -103,10 +103,12 @@ def row_loss(
     labels: Tensor | None,  # (...)
     row_scale: Tensor,  # (...)
     temperatures: Tensor | None,  # (...)
+    weights: Tensor | None,  # (3,)
+    mask: Tensor | None,  # (V,) or (..., V) bool
     options: RowOptions,
     gradient: Tensor | None,  # (..., V_s), written
     loss: Tensor,  # (...), written
-    stats: Tensor,  # (4, ...), written
+    stats: Tensor,  # (4 or 9, ...), written
 ) -> None:
     """The row sweep, by the backend asked for, or for :data:`AUTO` by the first that can serve these very tensors.
 
@@ -118,7 +120,7 @@ def row_loss(
         reason = why_not(name, student.device)
         if reason is None:
             reason = _SWEEPS[name].row_loss(
-                student, teacher, labels, row_scale, temperatures, options, gradient, loss, stats
+                student, teacher, labels, row_scale, temperatures, weights, mask, options, gradient, loss, stats
             )
         if reason is None:
             return

@@ -35,7 +35,10 @@ DIVERGENCE_IDS = {
     "skew_reverse_kl": 5,
     "total_variation": 6,
     "alpha_beta": 7,
+    "decoupled": 8,
+    "adaptive_kl": 9,
 }
+STRONG_SET_IDS = {"": 0, "label": 1, "top_k": 2, "top_p": 3, "given": 4}
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,21 @@ class RowOptions:
     teacher_logit_scale: float
     teacher_softcap: float
     scale_gradient: bool
+    strong: str = ""  # the name of a StrongSet; none: the divergence splits no vocabulary
+    strong_amount: float = 0.0
+
+    @property
+    def reads_labels(self) -> bool:
+        return self.ce_weight != 0 or self.strong == "label"
+
+    @property
+    def number_of_stats(self) -> int:
+        """Rows of the statistics: student lse, teacher lse, divergence, cross-entropy; decoupled: five more."""
+        return number_of_stats(self.divergence)
+
+
+def number_of_stats(divergence: str) -> int:
+    return 9 if divergence == "decoupled" else 4
 
 
 def why_not(device: torch.device | None = None) -> str | None:
@@ -126,6 +144,13 @@ def _few_dims(logits: Tensor) -> Tensor:
     return logits if len(row_layout(logits)[0]) <= _built().max_row_dims else logits.contiguous()
 
 
+def _mask_layout(mask: Tensor | None, student: Tensor) -> tuple[Tensor | None, list[int], list[int]]:
+    if mask is None:
+        return None, [], []
+    mask = _few_dims(mask.expand(*student.shape[:-1], mask.shape[-1]))
+    return mask, *row_layout(mask)
+
+
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """The tensors' device as the current one; most often it is."""
     return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
@@ -150,10 +175,12 @@ def row_loss(
     labels: Tensor | None,  # (...) int64
     row_scale: Tensor,  # (...) fp32 (fp64 for an fp64 student)
     temperatures: Tensor | None,  # (...) as row_scale
+    weights: Tensor | None,  # (3,) as row_scale: a decoupled divergence's
+    mask: Tensor | None,  # (V,) or (..., V) bool: its strong set, where that is given
     options: RowOptions,
     gradient: Tensor | None,  # (..., V_s), written; may be the student itself
     loss: Tensor,  # (...) as row_scale, written
-    stats: Tensor,  # (4, ...) as row_scale, written
+    stats: Tensor,  # (4 or 9, ...) as row_scale, written
 ) -> str | None:
     """Loss, statistics and (where asked for) gradient of every row, written to the last three arguments.
 
@@ -167,6 +194,7 @@ def row_loss(
     row_scale = row_scale.contiguous()
     temperatures = None if temperatures is None else temperatures.contiguous()
     gradient_sizes, gradient_strides = ([], []) if target is None else row_layout(target)
+    mask, mask_sizes, mask_strides = _mask_layout(mask, student)
     problem = kernels.RowProblem(
         student=_logits(kernels, student, options.student_logit_scale, options.student_softcap),
         teacher=_logits(kernels, teacher, options.teacher_logit_scale, options.teacher_softcap),
@@ -174,6 +202,12 @@ def row_loss(
         vocab_size=options.vocab_size,
         divergence=DIVERGENCE_IDS[options.divergence],
         parameters=options.parameters,
+        weights=_address(weights),
+        strong=STRONG_SET_IDS[options.strong],
+        strong_amount=options.strong_amount,
+        mask=_address(mask),
+        mask_sizes=mask_sizes,
+        mask_strides=mask_strides,
         kd_weight=options.kd_weight,
         ce_weight=options.ce_weight,
         scale_by_temperature=options.scale_by_temperature,

@@ -125,16 +125,20 @@ def row_loss(
     labels: Tensor | None,  # (...) int64
     row_scale: Tensor,  # (...) fp32
     temperatures: Tensor | None,  # (...) fp32
+    weights: Tensor | None,  # (3,) fp32: a decoupled divergence's
+    mask: Tensor | None,  # (V,) or (..., V) bool: its strong set, where that is given
     options: RowOptions,
     gradient: Tensor | None,  # (..., V_s), written; may be the student itself
     loss: Tensor,  # (...) fp32, written
-    stats: Tensor,  # (4, ...) fp32, written
+    stats: Tensor,  # (4 or 9, ...) fp32, written
 ) -> str | None:
     """Loss, statistics and (where asked for) gradient of every row, written to the last three arguments.
 
     Returns:
         None; or, with nothing written, why these tensors cannot be served.
     """
+    if options.strong:
+        return "Triton's kernels do not split the vocabulary yet"
     for name, logits in (("student_logits", student), ("teacher", teacher)):
         if logits.dtype not in DTYPES:
             return f"Triton's kernels compute in fp32, but {name} is {str(logits.dtype).removeprefix('torch.')}"
