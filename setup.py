@@ -48,6 +48,7 @@ DIVERGENCES = (
     "TotalVariation",
     "AlphaBeta",
 )
+SPLIT_SWEEPS = ("decoupled_label", "decoupled_threshold", "decoupled_given", "adaptive_kl")
 
 Step = tuple[str, str, str]  # source, object, flags
 
@@ -65,6 +66,9 @@ def cuda_steps() -> list[Step]:
         for divergence in DIVERGENCES:
             flags = f"-DKD_TYPE={cuda_type} -DKD_DIVERGENCE={divergence}"
             steps.append(("csrc/cuda/kernel.cu", f"cuda_{name}_{divergence}.o", flags))
+        for sweep in SPLIT_SWEEPS:
+            flags = f"-DKD_TYPE={cuda_type} -DKD_SWEEP={sweep}"
+            steps.append(("csrc/cuda/split_kernel.cu", f"cuda_{name}_{sweep}.o", flags))
     return steps
 
 

@@ -11,6 +11,7 @@ from hypothesis import settings
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     os.environ["TRITON_INTERPRET"] = "1"
 
+from kdkernels import backends
 from kdkernels.backends import native
 
 # In CI the same examples every time; elsewhere new ones.
@@ -38,6 +39,39 @@ def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         pytest.skip(f"this processor does not run the {request.param} kernels")
     monkeypatch.setenv("KDKERNELS_CPU_CAPABILITY", request.param)
     return request.param
+
+
+@pytest.fixture(params=["native", "triton"])
+def backend(request: pytest.FixtureRequest):
+    reason = backends.why_not(request.param, torch.device("cuda"))
+    if reason is not None:
+        pytest.skip(reason)
+    with backends.use(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["triton", "automatic choice"])
+def any_dtypes(request: pytest.FixtureRequest):
+    """For calls that the CUDA kernels leave to Triton."""
+    reason = backends.why_not("triton", torch.device("cuda"))
+    if reason is not None:
+        pytest.skip(reason)
+    if request.param == "triton":
+        with backends.use("triton"):
+            yield
+    else:
+        yield
+
+
+@pytest.fixture
+def plan():
+    """Sets how the CUDA kernels lay rows over the chip, for one test."""
+
+    def use(*numbers: int) -> None:
+        native.cuda_plan[:] = numbers
+
+    yield use
+    native.cuda_plan.clear()
 
 
 @pytest.fixture(autouse=True)

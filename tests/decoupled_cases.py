@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -56,3 +58,15 @@ def tied(rows: int, width: int) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, width, generator=generator), torch.randint(
         0, 6, (rows, width), generator=generator
     ).float()
+
+
+def on_device(divergence: kd.Divergence, device: str) -> kd.Divergence:
+    """The divergence with its mask and its weights, where those are Tensors, on a device."""
+    moved = {}
+    for field in dataclasses.fields(divergence):
+        value = getattr(divergence, field.name)
+        if isinstance(value, Tensor):
+            moved[field.name] = value.to(device)
+        elif isinstance(value, kd.Given):
+            moved[field.name] = kd.Given(value.mask.to(device))
+    return dataclasses.replace(divergence, **moved)

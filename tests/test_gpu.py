@@ -13,7 +13,6 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels import backends
-from kdkernels.backends import native
 
 pytestmark = pytest.mark.gpu
 
@@ -22,39 +21,6 @@ EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # What each divergence takes its numbers from differs; the arguments around it are the same code for all.
 SOME = {name: DIVERGENCES[name] for name in ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation")}
 A_FEW = pytest.mark.parametrize("divergence", SOME.values(), ids=SOME)
-
-
-@pytest.fixture(params=["native", "triton"])
-def backend(request: pytest.FixtureRequest):
-    reason = backends.why_not(request.param, torch.device("cuda"))
-    if reason is not None:
-        pytest.skip(reason)
-    with backends.use(request.param):
-        yield request.param
-
-
-@pytest.fixture(params=["triton", "automatic choice"])
-def any_dtypes(request: pytest.FixtureRequest):
-    """For calls that the CUDA kernels leave to Triton."""
-    reason = backends.why_not("triton", torch.device("cuda"))
-    if reason is not None:
-        pytest.skip(reason)
-    if request.param == "triton":
-        with backends.use("triton"):
-            yield
-    else:
-        yield
-
-
-@pytest.fixture
-def plan():
-    """Sets how the CUDA kernels lay rows over the chip, for one test."""
-
-    def use(*numbers: int) -> None:
-        native.cuda_plan[:] = numbers
-
-    yield use
-    native.cuda_plan.clear()
 
 
 def check(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **options) -> None:

@@ -50,13 +50,13 @@ struct alignas(16) Parcel {
   float v[8] = {};
 };
 
-enum class Wanted : int { statistics, sums, top, nothing_more };
+enum class Wanted : int { statistics, sums, top, held, select, nothing_more };
 
 // What consumers want done with their parcels.
 struct Request {
   Wanted what;
   int buffer;     // of the row's numbers
-  bool is_value;  // the first sum is the row's divergence
+  bool is_value;  // the first sum is the row's divergence; of a select: the row's first
   int slot;       // where a row begins in the ring, with its statistics
   uint32_t row;
 };

@@ -69,6 +69,16 @@ __device__ __forceinline__ void store_remote(uint32_t address, float x, uint32_t
                "r"(barrier)
                : "memory");
 }
+// … 16 bytes, aligned to them.
+__device__ __forceinline__ void store_remote(uint32_t address, uint4 x, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+               "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(barrier)
+               : "memory");
+}
+// Waits for `threads` threads of the block, those of the consumers.
+__device__ __forceinline__ void consumers_sync(int threads) {
+  asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
+}
 
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t x;

@@ -19,8 +19,8 @@ struct ClusterProblem {
   int share;                              // columns of a block, a multiple of the group
   int slot_columns, slots;
   // The problem's doubles as the kernel computes with them.
-  float kd_weight, ce_weight, temperature, parameters[2];
-  bool with_ce, scale_by_temperature, scale_gradient;
+  float kd_weight, ce_weight, temperature, parameters[4], strong_amount;
+  bool with_ce, reads_labels, scale_by_temperature, scale_gradient;
   bool ahead;  // the ring holds a row and the next
 };
 
@@ -93,7 +93,7 @@ struct Ring {
     if (row >= uint32_t(p.rows)) return h;
     h.scale = static_cast<const float*>(p.row_scale)[row];
     h.temperature = p.temperatures ? static_cast<const float*>(p.temperatures)[row] : problem.temperature;
-    if (problem.with_ce) {
+    if (problem.reads_labels) {
       const int64_t label = p.labels[row];
       h.label = label >= 0 && label < p.vocab_size ? int(label) : -1;
     }

@@ -11,6 +11,8 @@
 #include "exchange.cuh"
 #include "kernel.h"
 #include "ring.cuh"
+#include "split.cuh"
+#include "split_kernel.h"
 
 namespace kdkernels::cuda {
 namespace {
@@ -67,6 +69,29 @@ const void* kernel_of(DType dtype, int divergence) {
   }
 }
 
+bool splits(const RowProblem& p) { return p.strong.id != StrongSetId::none; }
+bool selects(const RowProblem& p) { return p.strong.id == StrongSetId::top_k || p.strong.id == StrongSetId::top_p; }
+
+template <class T>
+const void* split_kernel_of(const RowProblem& p) {
+  if (p.divergence == int(DivergenceId::adaptive_kl)) return split_kernel<T, SplitSweepId::adaptive_kl>();
+  if (p.strong.id == StrongSetId::label) return split_kernel<T, SplitSweepId::decoupled_label>();
+  if (p.strong.id == StrongSetId::given) return split_kernel<T, SplitSweepId::decoupled_given>();
+  return split_kernel<T, SplitSweepId::decoupled_threshold>();
+}
+
+const void* kernel_of(const RowProblem& p) {
+  if (!splits(p)) return kernel_of(p.student.dtype, p.divergence);
+  switch (p.student.dtype) {
+    case DType::bfloat16: return split_kernel_of<__nv_bfloat16>(p);
+    case DType::float16: return split_kernel_of<__half>(p);
+    default: return split_kernel_of<float>(p);
+  }
+}
+
+// Threads of a block beside the consumers.
+int helpers(const RowProblem& p) { return splits(p) ? 96 : 64; }
+
 int group(const RowProblem& p) { return int(16 / bytes_per_element(p.student.dtype)); }
 
 // Columns of a block's share, counted from the 16-byte boundary before the row: what whole warps take at a time.
@@ -77,9 +102,11 @@ int64_t share(const RowProblem& p, int cluster) {
 
 constexpr int kStaticShared = sizeof(ExchangeMemory) + (2 * sizeof(uint64_t) + sizeof(RowHeader)) * kMaxSlots + 256;  // with room for alignment
 
+int static_shared(const RowProblem& p) { return kStaticShared + (splits(p) ? int(sizeof(SplitMemory)) : 0); }
+
 int slots(const Device& d, const RowProblem& p, const Plan& plan) {
   const int64_t per_block = std::min<int64_t>(d.shared_per_block, d.shared_per_sm / plan.blocks_per_sm - d.reserved);
-  const int64_t room = per_block - kStaticShared;
+  const int64_t room = per_block - static_shared(p) - split_bytes(p.strong.id, plan.cluster, int(share(p, plan.cluster)));
   const int64_t slot = 2 * plan.slot_columns * bytes_per_element(p.student.dtype);
   return int(std::clamp<int64_t>(room / slot, 0, kMaxSlots));
 }
@@ -133,7 +160,6 @@ std::string why_not(int device) {
 }
 
 std::string why_not_rows(const RowProblem& p) {
-  if (p.strong.id != StrongSetId::none) return "a divergence that splits the vocabulary";
   if (p.student.dtype != p.teacher.dtype) return "student and teacher logits differ in dtype";
   if (p.student.dtype == DType::float64) return "float64 logits";
   if (!p.student.transform.identity() || !p.teacher.transform.identity()) return "logit scales and softcaps";
@@ -176,6 +202,7 @@ Plan plan(const RowProblem& p) {
   const Device d = current_device();
   const bool narrow = bytes_per_element(p.student.dtype) == 2;
   const auto divergence = DivergenceId(p.divergence);
+  const bool like_forward = divergence == DivergenceId::forward_kl || (divergence == DivergenceId::decoupled && !selects(p));
   const bool mixture = divergence == DivergenceId::jensen_shannon || divergence == DivergenceId::skew_forward_kl ||
                        divergence == DivergenceId::skew_reverse_kl;
   struct Threads {
@@ -200,8 +227,8 @@ Plan plan(const RowProblem& p) {
   }
   Plan plan = one;
   if (narrow && two.cluster) {
-    const bool needs_sums = divergence > DivergenceId::symmetric_kl, room = slots(d, p, two) > 2 * chunks(p, two);
-    const bool light = divergence == DivergenceId::forward_kl && one.cluster == 4 && chunks(p, two) == 1 && room;
+    const bool needs_sums = divergence > DivergenceId::symmetric_kl && !splits(p), room = slots(d, p, two) > 2 * chunks(p, two);
+    const bool light = like_forward && one.cluster == 4 && chunks(p, two) == 1 && room;
     if (mixture || light || (needs_sums && two.cluster == one.cluster)) plan = two;
   }
   if (plan.cluster == 0) return plan;
@@ -227,18 +254,19 @@ void row_loss(const RowProblem& p, const Plan& plan, void* stream) {
     throw std::invalid_argument("kdkernels: this problem does not fit the plan asked for");
   ClusterProblem problem{p, end_of(p.student), end_of(p.teacher), int(share(p, plan.cluster)), plan.slot_columns,
                          slots(d, p, plan), float(p.kd_weight), float(p.ce_weight), float(p.temperature),
-                         {float(p.parameters[0]), float(p.parameters[1])}, p.ce_weight != 0, p.scale_by_temperature,
+                         {float(p.parameters[0]), float(p.parameters[1]), float(p.parameters[2]), float(p.parameters[3])},
+                         float(p.strong.amount), p.with_ce(), p.reads_labels(), p.scale_by_temperature,
                          p.scale_gradient, plan.ahead};
-  const void* kernel = kernel_of(p.student.dtype, p.divergence);
+  const void* kernel = kernel_of(p);
   const int64_t slot_bytes = 2 * plan.slot_columns * bytes_per_element(p.student.dtype);
 
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {unsigned(plan.cluster), 1, 1};
   cudaLaunchConfig_t config{};
-  config.blockDim = dim3(unsigned(plan.consumers) + 64);
+  config.blockDim = dim3(unsigned(plan.consumers + helpers(p)));
   config.gridDim = dim3(unsigned(plan.cluster));
-  config.dynamicSmemBytes = size_t(problem.slots * slot_bytes);
+  config.dynamicSmemBytes = size_t(problem.slots * slot_bytes + split_bytes(p.strong.id, plan.cluster, problem.share));
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &cluster;
   config.numAttrs = 1;
@@ -251,7 +279,8 @@ void row_loss(const RowProblem& p, const Plan& plan, void* stream) {
     const std::lock_guard lock(mutex);
     auto& entry = known[{d.number, kernel, plan.cluster, plan.consumers, config.dynamicSmemBytes}];
     if (entry == 0) {
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared_per_block - kStaticShared),
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 d.shared_per_block - static_shared(p)),
             "kdkernels: shared memory");
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "kdkernels: cluster size");
       check(cudaOccupancyMaxActiveClusters(&entry, kernel, &config), "kdkernels: occupancy");

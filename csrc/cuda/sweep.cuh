@@ -41,7 +41,7 @@ class RowSweep {
     exchange_.post({Wanted::nothing_more, 0, false, 0, 0});
   }
 
- private:
+ protected:
   // A row between its first sweep and its last.
   struct InFlight {
     int slot = 0, chunks = 1;
@@ -399,23 +399,9 @@ class RowSweep {
   // Whether it released the row's slots.
   __device__ __forceinline__ bool run_everywhere(const InFlight& at, float temperature, T* gradient) {
     const RowNumbers& n = row_numbers(exchange_.memory, at.buffer);
-    const float inv_temperature = reciprocal(temperature), folded_ce = n.folded_ce;
+    const float folded_ce = n.folded_ce;
     kd_ = n.kd, ce_ = n.ce, hard_factor_ = n.hard_factor, hard_reference_ = n.student_reference;
-    const float max_gap = n.teacher_reference - n.student_reference;
-    RowConstants<Math> row;
-    row.student_max = n.student_reference, row.teacher_max = n.teacher_reference;
-    row.shift = truncf(max_gap / 4) * 4;
-    row.inv_temperature = inv_temperature, row.log2e_over_temperature = scale_;
-    row.inv_student_sum = n.inv_student_sum, row.inv_teacher_sum = n.inv_teacher_sum;
-    row.log_student_sum = n.student_log, row.log_teacher_sum = n.teacher_log;
-    row.gap = n.gap_of_logs, row.gap_rest = (max_gap - row.shift) * inv_temperature;
-    normalise_gap(row);
-    // Where the models nearly agree, a gradient carries the normalisers' rounding at first order: one Newton step for
-    // sum p = sum q. (NaN: a column is -inf in both models.)
-    if (gradient && !(n.forward_kl > kRefineBelow)) {
-      row.gap_rest -= sums(row, ForwardKL<Math>(p_.parameters, row), 0, false, at.buffer);
-      normalise_gap(row);
-    }
+    const RowConstants<Math> row = row_constants(n, reciprocal(temperature), at.buffer, gradient != nullptr);
     const D divergence(p_.parameters, row);
     float pivot = 0, mean_slope = 0;
     if (!D::slopes_sum_to_zero || !gradient) {
@@ -451,6 +437,26 @@ class RowSweep {
       }
     }
     return gradient && columns_ > 0;
+  }
+
+  __device__ __forceinline__ RowConstants<Math> row_constants(const RowNumbers& n, float inv_temperature, int buffer,
+                                                              bool exactly) {
+    const float max_gap = n.teacher_reference - n.student_reference;
+    RowConstants<Math> row;
+    row.student_max = n.student_reference, row.teacher_max = n.teacher_reference;
+    row.shift = truncf(max_gap / 4) * 4;
+    row.inv_temperature = inv_temperature, row.log2e_over_temperature = scale_;
+    row.inv_student_sum = n.inv_student_sum, row.inv_teacher_sum = n.inv_teacher_sum;
+    row.log_student_sum = n.student_log, row.log_teacher_sum = n.teacher_log;
+    row.gap = n.gap_of_logs, row.gap_rest = (max_gap - row.shift) * inv_temperature;
+    normalise_gap(row);
+    // Where the models nearly agree, a gradient carries the normalisers' rounding at first order: one Newton step for
+    // sum p = sum q. (NaN: a column is -inf in both models.)
+    if (exactly && !(n.forward_kl > kRefineBelow)) {
+      row.gap_rest -= sums(row, ForwardKL<Math>(p_.parameters, row), 0, false, buffer);
+      normalise_gap(row);
+    }
+    return row;
   }
 
   // Nats: log-ratios of a spread of 0.1, and of 0.045 where 16 bits hide more.

@@ -100,7 +100,7 @@ class Totals {
     }
   }
 
- private:
+ protected:
   // Value i of this block, in lanes i·32/N and on, to all blocks; lane i returns those of block i.
   template <int N>
   __device__ Parcel across(float mine) {
@@ -120,7 +120,8 @@ class Totals {
     return theirs;
   }
 
-  __device__ void sums(Parcel part, const Request& request, Parcel& result) {
+  // Four sums over everyone, into the result; lane 0 returns the first.
+  __device__ float add(Parcel part, Parcel& result) {
     float v[4] = {part.v[0], part.v[1], part.v[2], part.v[3]};
     float total = warp_sums(v, lane_);
     if (blocks_ > 1) {
@@ -130,6 +131,11 @@ class Totals {
       total = warp_sums(v, lane_);
     }
     if (lane_ % 8 == 0) result.v[lane_ / 8] = total;
+    return total;
+  }
+
+  __device__ void sums(const Parcel& part, const Request& request, Parcel& result) {
+    const float total = add(part, result);
     __syncwarp();
     if (request.is_value && lane_ == 0) {
       RowNumbers& n = row_numbers(memory_, request.buffer);
@@ -164,11 +170,7 @@ class Totals {
 
   __device__ void statistics(Parcel part, const Request& request) {
     const RowHeader row = headers_[request.slot];
-    // The student's logit at the label, read before anyone may write a gradient over it.
-    float label_logit = 0;
-    if (problem_.with_ce && row.label >= 0 && rank_ == 0)
-      label_logit = float(row_begin<T>(p_.student, request.row)[row.label]);
-    label_logit = __shfl_sync(kAllLanes, label_logit, 0);  // it is here before anything goes out
+    const float label_logit = read_label_logit(row, request.row);
     const float k = row.log2e_over_temperature;
     const bool hard = problem_.with_ce && row.temperature != 1;
     StatisticSums all = add_up(part, k, lane_ < warps_, true, hard);
@@ -197,6 +199,13 @@ class Totals {
     }
   }
 
+  // The student's logit at the label, read before anyone may write a gradient over it.
+  __device__ float read_label_logit(const RowHeader& header, uint32_t row) const {
+    float logit = 0;
+    if (problem_.with_ce && header.label >= 0 && rank_ == 0) logit = float(row_begin<T>(p_.student, row)[header.label]);
+    return __shfl_sync(kAllLanes, logit, 0);  // it is here before anything goes out
+  }
+
   // Parts of a row, one a lane, to the sums of them all. A reference of kPadding: nothing but -inf.
   __device__ StatisticSums add_up(const Parcel& part, float k, bool counts, bool of_warps, bool hard) const {
     const float a = counts ? part.v[4] : kPadding, b = counts ? part.v[5] : kPadding;
@@ -223,11 +232,7 @@ class Totals {
     RowNumbers n;
     const float k = row.log2e_over_temperature, inv_temperature = reciprocal(row.temperature);
     n.scale = row.scale, n.temperature = row.temperature;
-    const float by_scale = problem_.scale_gradient ? row.scale : 1.0f;
-    n.kd = problem_.kd_weight * (problem_.scale_by_temperature ? row.temperature : inv_temperature) * by_scale;
-    n.ce = problem_.ce_weight * by_scale;
-    const bool own_column = problem_.with_ce && (hard || n.kd == 0);
-    n.folded_ce = own_column ? 0 : n.ce;
+    const bool own_column = set_factors(n, row, hard, inv_temperature);
     const float hard_sum = hard ? sums.hard : sums.student;
     const float max_gap = sums.teacher_reference - sums.student_reference;
     const bool good = is_positive_finite(sums.student) && is_positive_finite(sums.teacher) &&
@@ -266,6 +271,17 @@ class Totals {
     return n;
   }
 
+  // Of a gradient; whether the cross-entropy's softmax is one of its own.
+  template <class Numbers>
+  __device__ bool set_factors(Numbers& n, const RowHeader& row, bool hard, float inv_temperature) const {
+    const float by_scale = problem_.scale_gradient ? row.scale : 1.0f;
+    n.kd = problem_.kd_weight * (problem_.scale_by_temperature ? row.temperature : inv_temperature) * by_scale;
+    n.ce = problem_.ce_weight * by_scale;
+    const bool own_column = problem_.with_ce && (hard || n.kd == 0);
+    n.folded_ce = own_column ? 0 : n.ce;
+    return own_column;
+  }
+
   // log2 of a normaliser, rounded, and what the rounding took.
   static __device__ float log2_normaliser(float reference, float k, const Logarithm& log, float& rest) {
     const float product = reference * k, low = fmaf(reference, k, -product), of_sum = log.base2();
@@ -274,7 +290,8 @@ class Totals {
     return rounded;
   }
 
-  __device__ void report(const RowNumbers& n, float value) const {
+  template <class Numbers>
+  __device__ void report(const Numbers& n, float value) const {
     if (rank_ != 0) return;
     const float kd = problem_.kd_weight * (problem_.scale_by_temperature ? n.temperature * n.temperature : 1.0f);
     const float loss = (kd != 0 ? kd * value : 0.0f) + (problem_.with_ce ? problem_.ce_weight * n.cross_entropy : 0.0f);
@@ -295,7 +312,7 @@ class Totals {
     stats[0] = student_lse, stats[p.rows] = teacher_lse, stats[2 * p.rows] = value, stats[3 * p.rows] = cross_entropy;
   }
 
- private:
+ protected:
   const ClusterProblem& problem_;
   const RowProblem& p_;
   const RowHeader* headers_;

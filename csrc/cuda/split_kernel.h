@@ -1,0 +1,13 @@
+// One translation unit per dtype and sweep defines one of these (split_kernel.cu); rows.cu chooses.
+#pragma once
+#include "kernel.h"
+
+namespace kdkernels::cuda {
+
+enum class SplitSweepId { decoupled_label, decoupled_threshold, decoupled_given, adaptive_kl };
+
+// The kernel's address, for the launch functions of the runtime.
+template <class T, SplitSweepId Id>
+const void* split_kernel();
+
+}  // namespace kdkernels::cuda
