@@ -32,7 +32,7 @@ class AdaptiveTotals : public Totals<T, AdaptiveKL> {
 
  public:
   __device__ AdaptiveTotals(const ClusterProblem& problem, const Ring<T>& ring, ExchangeMemory* memory, int blocks, int rank,
-                            int warps, int lane, SplitMemory* split, uint32_t* counts)
+                            int warps, int lane, SplitMemory<T>* split, uint32_t* counts)
       : Base(problem, ring, memory, blocks, rank, warps, lane), select_(problem, &split->select, counts, blocks, rank, lane) {}
 
   __device__ void serve() {
@@ -51,7 +51,7 @@ class AdaptiveTotals : public Totals<T, AdaptiveKL> {
         }
         case Wanted::statistics: this->statistics(part, request); break;
         case Wanted::sums: sums(part, request, memory_->result[b]); break;
-        default: this->top(part, memory_->result[b]);
+        default: top(part, memory_->result[b]);
       }
       __syncwarp();
       if (lane_ == 0) barrier_arrive(shared_address(&memory_->ready[b]));
@@ -59,6 +59,12 @@ class AdaptiveTotals : public Totals<T, AdaptiveKL> {
   }
 
  private:
+  __device__ void top(const Parcel& part, Parcel& result) {
+    Base::top(part, result);
+    __syncwarp();
+    select_.set_maximum(result.v[0]);
+  }
+
   __device__ void sums(const Parcel& part, const Request& request, Parcel& result) {
     const float total = this->add(part, result);
     __syncwarp();
@@ -99,42 +105,25 @@ class AdaptiveSweep : public SplitSweep<T, Split::threshold, RowSweep<T, Adaptiv
 
  public:
   using Totals = AdaptiveTotals<T>;
-  static constexpr bool kSelects = true;
   using Base::Base;
 
-  __device__ void consume(uint32_t first_row, uint32_t row_step) {
-    const uint32_t rows = uint32_t(p_.rows);
-    InFlight now, next;
-    if (first_row < rows) now = begin(first_row, 0, 0, 0);
-    for (uint32_t row = first_row; row < rows; row += row_step) {
-      int after = now.slot + now.chunks;
-      uint32_t parity = now.parity;
-      if (after >= ring_.count) after -= ring_.count, parity ^= 1;
-      if constexpr (kFar)
-        if (now.counts) now.sums = far_sums(now);
-      const bool more = row + row_step < rows;
-      if (more && problem_.ahead) next = begin(row + row_step, after, parity, now.buffer ^ 1);
-      finish(row, now);
-      if (more && !problem_.ahead) next = begin(row + row_step, after, parity, now.buffer ^ 1);
-      now = next;
-    }
-    exchange_.post({Wanted::nothing_more, 0, false, 0, 0});
-  }
+  __device__ void consume(uint32_t first_row, uint32_t row_step) { Base::consume(*this, first_row, row_step, false); }
 
  private:
-  __device__ __forceinline__ InFlight begin(uint32_t row, int slot, uint32_t parity, int buffer) {
-    InFlight at;
-    at.slot = slot, at.parity = parity, at.buffer = buffer;
-    barrier_wait(ring_.full_barrier(slot), parity);
+  friend Base;
+
+  __device__ __forceinline__ void between(InFlight& at) {
+    if constexpr (kFar)
+      if (at.counts) at.sums = far_sums(at);
+  }
+
+  __device__ __forceinline__ void start(uint32_t row, InFlight& at) {
+    this->settle(at);
+    if (!at.counts) return;
     const RowHeader& header = this->enter(at);
-    at.counts = header.scale != 0, at.chunks = header.chunks;
-    this->split(at, row);
-    if (at.counts) {
-      const Request request{Wanted::statistics, buffer, false, slot, row};
-      const bool hard = problem_.with_ce && header.temperature != 1;
-      at.statistics = hard ? this->template statistics<true>(request) : this->template statistics<false>(request);
-    }
-    return at;
+    const Request request{Wanted::statistics, at.buffer, false, at.slot, row};
+    const bool hard = problem_.with_ce && header.temperature != 1;
+    at.statistics = hard ? this->template statistics<true>(request) : this->template statistics<false>(request);
   }
 
   __device__ __forceinline__ void finish(uint32_t row, const InFlight& at) {

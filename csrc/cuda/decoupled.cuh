@@ -33,40 +33,24 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
 
  public:
   using Totals = DecoupledTotals<T, Kind>;
-  static constexpr bool kSelects = Kind == Split::threshold;
   using Base::Base;
 
   __device__ void consume(uint32_t first_row, uint32_t row_step) {
-    const uint32_t rows = uint32_t(p_.rows);
-    InFlight now, next;
-    if (first_row < rows) now = begin(first_row, 0, 0, 0);
-    for (uint32_t row = first_row; row < rows; row += row_step) {
-      int after = now.slot + now.chunks;
-      uint32_t parity = now.parity;
-      if (after >= ring_.count) after -= ring_.count, parity ^= 1;
-      const bool more = row + row_step < rows;
-      if (more && problem_.ahead) next = begin(row + row_step, after, parity, now.buffer ^ 1);
-      finish(row, now);
-      if (more && !problem_.ahead) next = begin(row + row_step, after, parity, now.buffer ^ 1);
-      now = next;
-    }
-    exchange_.post({Wanted::nothing_more, 0, false, 0, 0});
+    Base::consume(*this, first_row, row_step, Kind == Split::threshold);
   }
 
  private:
-  __device__ __forceinline__ InFlight begin(uint32_t row, int slot, uint32_t parity, int buffer) {
-    InFlight at;
-    at.slot = slot, at.parity = parity, at.buffer = buffer;
-    barrier_wait(ring_.full_barrier(slot), parity);
+  friend Base;
+
+  __device__ __forceinline__ void between(const InFlight&) {}
+
+  __device__ __forceinline__ void start(uint32_t row, InFlight& at) {
+    this->settle(at);
+    if (!at.counts) return;
     const RowHeader& header = this->enter(at);
-    at.counts = header.scale != 0, at.chunks = header.chunks;
-    this->split(at, row);
-    if (at.counts) {
-      this->set_split(at, header.label);
-      const bool hard = problem_.with_ce && header.temperature != 1;
-      at.statistics = hard ? statistics<true>(at, row) : statistics<false>(at, row);
-    }
-    return at;
+    this->set_split(at, header.label);
+    const bool hard = problem_.with_ce && header.temperature != 1;
+    at.statistics = hard ? statistics<true>(at, row) : statistics<false>(at, row);
   }
 
   __device__ __forceinline__ void finish(uint32_t row, const InFlight& at) {
@@ -78,7 +62,7 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
         Totals::write_terms(p_, row, 0, 0, 0, 0, 0);
       }
       if (gradient) this->fill(gradient, 0, int(p_.student.width), 0.0f);
-      this->release(1);
+      this->release(1), this->leave(at);
       return;
     }
     this->set_split(at, header.label);
@@ -89,24 +73,27 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
     bool released = false;
     if (turn == Turn::nan) {
       if (gradient) this->fill(gradient, 0, int(p_.student.width), __builtin_nanf(""));
-      this->release(at.chunks);
+      this->release(at.chunks), this->leave(at);
       return;
     }
     kd_ = n.kd, this->ce_ = n.ce, hard_factor_ = n.hard_factor, this->hard_reference_ = n.student_reference;
     if (kFar && turn == Turn::far) {
       if (gradient) far_gradient(n, gradient), released = columns_ > 0;
     } else {
-      const typename Base::Apart apart = everywhere_apart(*this, at, header.temperature, gradient);
+      const auto everywhere = n.sets_apart ? everywhere_apart<true> : everywhere_apart<false>;
+      const typename Base::Apart apart = everywhere(*this, at, header.temperature, gradient);
       exchange_.count = apart.exchanges, released = apart.released;
     }
     if (gradient && p_.student.width > p_.vocab_size)
       this->fill(gradient, int(p_.vocab_size), int(p_.student.width), 0.0f);
     if (!released) this->release(at.chunks);
+    this->leave(at);
   }
 
+  template <bool OwnReferences>
   static __device__ __noinline__ typename Base::Apart everywhere_apart(DecoupledSweep self, InFlight at, float temperature,
                                                                        T* gradient) {
-    const bool released = self.run_everywhere(at, temperature, gradient);
+    const bool released = self.template run_everywhere<OwnReferences>(at, temperature, gradient);
     return {self.exchange_.count, released};
   }
 
@@ -229,34 +216,43 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
         kd_ == 0 || hard_factor_ != 0, Kind == Split::label ? this->split_column() : label_);
   }
 
-  // ---- Any models. A set's numbers for the forms of pointwise.h, which then see the distributions within it.
-  using Set = RowConstants<Math>;
+  // ---- Any models. In a set's numbers, the forms of pointwise.h see the distributions within it.
+  struct Set {
+    float student_max, teacher_max, shift;  // the row's, unless the sets have references of their own
+    float gap, gap_rest, inv_student_sum, inv_teacher_sum;
+  };
 
-  __device__ __forceinline__ Set set_of(float a, float b, float student_sum, float teacher_sum, float log_gap,
-                                        float inv_temperature) const {
-    Set row;
+  static __device__ __forceinline__ Set set_of(float a, float b, float student_sum, float teacher_sum, float log_gap,
+                                               float inv_temperature) {
+    Set set;
     const float max_gap = b - a;
-    row.student_max = a, row.teacher_max = b;
-    row.shift = truncf(max_gap / 4) * 4;
-    row.inv_temperature = inv_temperature, row.log2e_over_temperature = scale_;
+    set.student_max = a, set.teacher_max = b, set.shift = truncf(max_gap / 4) * 4;
     // A set without mass has no distribution, and no column that would show it.
-    row.inv_student_sum = student_sum > 0 ? reciprocal(student_sum) : 0;
-    row.inv_teacher_sum = teacher_sum > 0 ? reciprocal(teacher_sum) : 0;
-    row.log_student_sum = row.log_teacher_sum = 0;  // forward KL reads none
-    row.gap = student_sum > 0 && teacher_sum > 0 ? log_gap : 0, row.gap_rest = (max_gap - row.shift) * inv_temperature;
-    Base::normalise_gap(row);
-    return row;
+    set.inv_student_sum = student_sum > 0 ? reciprocal(student_sum) : 0;
+    set.inv_teacher_sum = teacher_sum > 0 ? reciprocal(teacher_sum) : 0;
+    set.gap = student_sum > 0 && teacher_sum > 0 ? log_gap : 0, set.gap_rest = (max_gap - set.shift) * inv_temperature;
+    Base::normalise_gap(set);
+    return set;
   }
 
-  __device__ __forceinline__ Column<Math> column_of(float x, float y, bool strong, const Set& in_strong, const Set& in_weak) const {
-    Set row = in_weak;
-    if (strong) row = in_strong;
+  template <bool OwnReferences>
+  __device__ __forceinline__ Column<Math> column_of(float x, float y, bool strong, const Set& of_strong, const Set& of_weak,
+                                                    float inv_temperature) const {
+    RowConstants<Math> row;
+    row.inv_temperature = inv_temperature, row.log2e_over_temperature = scale_;
+    row.gap = strong ? of_strong.gap : of_weak.gap, row.gap_rest = strong ? of_strong.gap_rest : of_weak.gap_rest;
+    row.inv_student_sum = strong ? of_strong.inv_student_sum : of_weak.inv_student_sum;
+    row.inv_teacher_sum = strong ? of_strong.inv_teacher_sum : of_weak.inv_teacher_sum;
+    row.student_max = of_weak.student_max, row.teacher_max = of_weak.teacher_max, row.shift = of_weak.shift;
+    if (OwnReferences && strong)
+      row.student_max = of_strong.student_max, row.teacher_max = of_strong.teacher_max, row.shift = of_strong.shift;
     return Column<Math>::make(x, y, row);
   }
 
-  // Sums over both sets' columns: f(column, sum of its set).
-  template <class F>
-  __device__ __forceinline__ void by_set(const Set& in_strong, const Set& in_weak, F f, float (&of_strong)[1], float (&of_weak)[1]) {
+  // The sums of q~ - p~ over both sets.
+  template <bool OwnReferences>
+  __device__ __forceinline__ void differences(const Set& in_strong, const Set& in_weak, float inv_temperature, float (&total)[2]) {
+    float of_strong = 0, of_weak = 0;
     this->template sweep<false, false>(
         [&]<bool Special>(uint4 s, uint4 t, int column) {
           float x[G], y[G];
@@ -265,17 +261,18 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
 #pragma unroll
           for (int i = 0; i < G; i++) {
             const bool strong = this->template strong<Special>(y[i], column, bits, i);
-            const float v = f(column_of(x[i], y[i], strong, in_strong, in_weak));
+            const float v =
+                column_of<OwnReferences>(x[i], y[i], strong, in_strong, in_weak, inv_temperature).student_minus_teacher();
             if (strong)
-              of_strong[0] += v;
+              of_strong += v;
             else
-              of_weak[0] += v;
+              of_weak += v;
           }
         },
         false, this->split_column());
-    float all[4] = {of_strong[0], of_weak[0], 0, 0};
+    float all[4] = {of_strong, of_weak, 0, 0};
     exchange_.sums(all, false, 0);
-    of_strong[0] = all[0], of_weak[0] = all[1];
+    total[kStrong] = all[0], total[kWeak] = all[1];
   }
 
   // The largest logits of a set; -inf where it has none.
@@ -299,7 +296,8 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
 
   // Both sets' sums against references of their own.
   __device__ void sums_apart(float (&a)[2], float (&b)[2], float (&student)[2], float (&teacher)[2]) {
-    for (int set : {kStrong, kWeak}) {
+#pragma unroll
+    for (int set = kStrong; set <= kWeak; set++) {
       set_maxima(set == kStrong, a[set], b[set]);
       // Nothing but -inf: any reference will do.
       const float to_a = isfinite(a[set]) ? a[set] : 0, to_b = isfinite(b[set]) ? b[set] : 0;
@@ -321,48 +319,54 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
   }
 
   // Whether it released the row's slots.
+  template <bool OwnReferences>
   __device__ __forceinline__ bool run_everywhere(const InFlight& at, float temperature, T* gradient) {
     DecoupledNumbers& n = decoupled_numbers(exchange_.memory, at.buffer);
     const float inv_temperature = reciprocal(temperature), folded_ce = n.folded_ce;
     float a[2] = {n.student_reference, n.student_reference}, b[2] = {n.teacher_reference, n.teacher_reference};
     float student[2] = {n.student_sum[0], n.student_sum[1]}, teacher[2] = {n.teacher_sum[0], n.teacher_sum[1]};
     float gap[2] = {n.log_gap[0], n.log_gap[1]};
-    if (n.sets_apart) {
+    if constexpr (OwnReferences) {
       sums_apart(a, b, student, teacher);
-      for (int set : {kStrong, kWeak}) gap[set] = log_ratio(Logarithm::of(teacher[set]), Logarithm::of(student[set]));
+#pragma unroll
+      for (int set = kStrong; set <= kWeak; set++) gap[set] = log_ratio(Logarithm::of(teacher[set]), Logarithm::of(student[set]));
     }
     Set sets[2];
-    for (int set : {kStrong, kWeak})
+#pragma unroll
+    for (int set = kStrong; set <= kWeak; set++)
       sets[set] = set_of(a[set], b[set], student[set], teacher[set], gap[set], inv_temperature);
     Set &strong = sets[kStrong], &weak = sets[kWeak];
     // Where the models nearly agree, a gradient carries the normalisers' rounding at first order: one Newton step for
     // sum p~ = sum q~ in each set. (NaN: a column is -inf in both models.)
     float step[2] = {0, 0};
     const bool has[2] = {student[0] > 0 && teacher[0] > 0, student[1] > 0 && teacher[1] > 0};
-    if (!(fminf(has[0] ? n.divergence[0] : 1, has[1] ? n.divergence[1] : 1) > Base::kRefineBelow) || n.sets_apart) {
-      float of_strong[1] = {0}, of_weak[1] = {0};
-      by_set(strong, weak, [](const Column<Math>& c) { return c.student_minus_teacher(); }, of_strong, of_weak);
-      step[kStrong] = has[0] ? of_strong[0] : 0, step[kWeak] = has[1] ? of_weak[0] : 0;
-      for (int set : {kStrong, kWeak}) sets[set].gap_rest -= step[set], Base::normalise_gap(sets[set]);
+    if (!(fminf(has[0] ? n.divergence[0] : 1, has[1] ? n.divergence[1] : 1) > Base::kRefineBelow) || OwnReferences) {
+      differences<OwnReferences>(strong, weak, inv_temperature, step);
+#pragma unroll
+      for (int set = kStrong; set <= kWeak; set++)
+        if (!has[set]) step[set] = 0;
+#pragma unroll
+      for (int set = kStrong; set <= kWeak; set++) sets[set].gap_rest -= step[set], Base::normalise_gap(sets[set]);
     }
     // The sets' masses. Differences of the references are exact, and their product with 1/T nearly so where they are small.
     const float of_strong = share_of(kStrong, a, student), of_weak = share_of(kWeak, a, student), lambda = [&] {
-      if (!n.sets_apart) return (gap[kStrong] - step[kStrong]) - (gap[kWeak] - step[kWeak]);
+      if (!OwnReferences) return (gap[kStrong] - step[kStrong]) - (gap[kWeak] - step[kWeak]);
       return ((b[0] - a[0]) - (b[1] - a[1])) * inv_temperature + ((gap[0] - step[0]) - (gap[1] - step[1]));
     }();
-    Masses m = Masses::of(of_strong, of_weak, lambda);
-    if (!has[kStrong] || !has[kWeak]) m = extreme_masses(m, share_of(kStrong, b, teacher), share_of(kWeak, b, teacher));
+    Masses m = Masses::of(of_strong, of_weak, share_of(kStrong, b, teacher), share_of(kWeak, b, teacher), lambda);
+    if (!has[kStrong] || !has[kWeak]) m = extreme_masses(m);
     if (threadIdx.x == 0) Totals::set_report(n, m, problem_.parameters[3] != 0);
     __syncwarp();
     const float mass_weighted = problem_.parameters[3];
     const float weights[3] = {n.weight[0], n.weight[1], n.weight[2]};
     float by_slope[2], by_q[2];
-    for (int set : {kStrong, kWeak}) {
+#pragma unroll
+    for (int set = kStrong; set <= kWeak; set++) {
       const float binary = (set == kStrong ? weights[0] : -weights[0]) * m.difference;
       by_slope[set] = kd_ * weights[1 + set] * (mass_weighted != 0 ? m.teacher[set] : 1.0f);
       by_q[set] = fmaf(folded_ce, m.student[set], kd_ * binary);
     }
-    const ForwardKL<Math> divergence(p_.parameters, strong);
+    const ForwardKL<Math> divergence(p_.parameters, {});
     float v[4] = {0, 0, 0, 0};
     T* out = gradient ? gradient - low_ : nullptr;
     auto block = [&]<bool Special>(uint4 s, uint4 t, int column) {
@@ -372,7 +376,7 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
 #pragma unroll
       for (int i = 0; i < G; i++) {
         const bool in_strong = this->template strong<Special>(y[i], column, bits, i);
-        const auto c = column_of(x[i], y[i], in_strong, strong, weak);
+        const auto c = column_of<OwnReferences>(x[i], y[i], in_strong, strong, weak, inv_temperature);
         const float value = divergence.value(c);
         if (in_strong)
           v[0] += value;
@@ -389,7 +393,8 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
     else
       this->template sweep<false, false>(block, false, this->split_column());
     // A set without the teacher's mass has no term; one without the student's, where the teacher has some, an infinite one.
-    for (int set : {kStrong, kWeak})
+#pragma unroll
+    for (int set = kStrong; set <= kWeak; set++)
       if (!has[set]) v[set] = teacher[set] > 0 && exchange_.lane == 0 && exchange_.warp == 0 && rank_ == 0 ? __builtin_inff() : 0;
     if (Kind == Split::label && has[kStrong]) v[kStrong] = 0;
     const Request request{Wanted::sums, at.buffer, true, 0, 0};  // the values, which nobody here waits for
@@ -406,11 +411,11 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
   }
 
   // Masses where a set has none in one of the models.
-  static __device__ Masses extreme_masses(Masses m, float strong_teacher, float weak_teacher) {
-    m.teacher[kStrong] = strong_teacher, m.teacher[kWeak] = weak_teacher;
-    m.difference = m.student[kStrong] - strong_teacher;
+  static __device__ Masses extreme_masses(Masses m) {
+    m.difference = m.student[kStrong] - m.teacher[kStrong];
     m.bcd = 0;
-    for (int set : {kStrong, kWeak})
+#pragma unroll
+    for (int set = kStrong; set <= kWeak; set++)
       if (m.teacher[set] > 0) m.bcd += m.teacher[set] * logf(m.teacher[set] / m.student[set]);
     return m;
   }

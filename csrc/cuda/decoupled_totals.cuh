@@ -7,7 +7,7 @@ namespace kdkernels::cuda {
 
 constexpr int kStrong = 0, kWeak = 1;
 
-// The sets' masses and their log-ratios, from the student's masses and lambda = log(P_S/Q_S) - log(P_W/Q_W), which keep
+// The sets' masses and their log-ratios, from the masses and lambda = log(P_S/Q_S) - log(P_W/Q_W), which keep
 // their digits where the models agree.
 struct Masses {
   float student[2], teacher[2];
@@ -15,21 +15,23 @@ struct Masses {
   float difference;    // Q_S - P_S
   float bcd;
 
-  static __device__ Masses of(float student_strong, float student_weak, float lambda) {
+  static __device__ Masses of(float student_strong, float student_weak, float teacher_strong, float teacher_weak, float lambda) {
     Masses m;
+    m.teacher[kStrong] = teacher_strong, m.teacher[kWeak] = teacher_weak;
     m.student[kStrong] = student_strong, m.student[kWeak] = student_weak;
-    const float one_set = student_strong == 0 || student_weak == 0;
-    // 1 = Q_S·e^l_S + Q_W·e^l_W; both are at most what the larger exponential allows.
-    m.log_ratio[kStrong] = -log_mix(student_weak, -lambda), m.log_ratio[kWeak] = -log_mix(student_strong, lambda);
-    for (int i : {kStrong, kWeak}) m.teacher[i] = m.student[i] * expf(m.log_ratio[i]);
+    const bool one_set = student_strong == 0 || student_weak == 0;
+    // 1 = Q_S·e^l_S + Q_W·e^l_W, and lambda = l_S - l_W.
+    m.log_ratio[kStrong] = -log_mix(student_strong, student_weak, -lambda);
+    m.log_ratio[kWeak] = -log_mix(student_weak, student_strong, lambda);
     m.difference = student_strong < student_weak ? -student_strong * expm1f(m.log_ratio[kStrong])
                                                  : student_weak * expm1f(m.log_ratio[kWeak]);
     m.bcd = one_set ? 0 : term(m, kStrong) + term(m, kWeak);
     return m;
   }
-  // log(1 + share·(e^x - 1))
-  static __device__ float log_mix(float share, float x) {
-    return x > 20 ? x + logf(share + (1 - share) * expf(-x)) : log1pf(share * expm1f(x));
+  // log(rest + share·e^x), rest + share = 1
+  static __device__ float log_mix(float rest, float share, float x) {
+    if (fabsf(x) < 1) return log1pf(share * expm1f(x));
+    return x > 0 ? x + logf(share + rest * expf(-x)) : logf(rest + share * expf(x));
   }
   // P·l - P + Q, accurate relative to itself.
   static __device__ float term(const Masses& m, int i) {
@@ -82,7 +84,7 @@ class DecoupledTotals : public Totals<T, ForwardKL> {
 
  public:
   __device__ DecoupledTotals(const ClusterProblem& problem, const Ring<T>& ring, ExchangeMemory* memory, int blocks, int rank,
-                             int warps, int lane, SplitMemory* split, uint32_t* counts)
+                             int warps, int lane, SplitMemory<T>* split, uint32_t* counts)
       : Base(problem, ring, memory, blocks, rank, warps, lane), split_(split),
         select_(problem, &split->select, counts, blocks, rank, lane) {
     for (int i = 0; i < 3; i++)
@@ -107,7 +109,7 @@ class DecoupledTotals : public Totals<T, ForwardKL> {
           break;
         }
         case Wanted::sums: sums(part, request, memory_->result[b]); break;
-        default: this->top(part, memory_->result[b]);
+        default: top(part, memory_->result[b]);
       }
       __syncwarp();
       if (lane_ == 0) barrier_arrive(shared_address(&memory_->ready[b]));
@@ -118,6 +120,12 @@ class DecoupledTotals : public Totals<T, ForwardKL> {
   __device__ void select(const Parcel& part, const Request& request) {
     float v[4] = {part.v[0], part.v[1], 0, 0};
     select_.round(warp_sums(v, lane_), request.is_value, request.buffer, headers_[request.slot].log2e_over_temperature);
+  }
+
+  __device__ void top(const Parcel& part, Parcel& result) {
+    Base::top(part, result);
+    __syncwarp();
+    select_.set_maximum(result.v[0]);
   }
 
   // The values within the sets, where the gradient's sweep found them.
@@ -161,14 +169,16 @@ class DecoupledTotals : public Totals<T, ForwardKL> {
     const float by_student = part.a > kPadding ? Math::exp2((part.a - all.a) * k - rounding) : 0;
     const float by_teacher = part.b > kPadding ? Math::exp2((part.b - all.b) * k - rounding) : 0;
     float v[8];
-    for (int set : {kStrong, kWeak}) {
+#pragma unroll
+    for (int set = kStrong; set <= kWeak; set++) {
       const float* x = part.v[set];
       v[4 * set] = x[0] * by_student, v[4 * set + 1] = x[1] * by_teacher;
       v[4 * set + 2] = fmaf(moved, x[1], x[2]) * by_teacher;
     }
     v[3] = hard && part.a > kPadding ? part.hard * Math::exp2((part.a - all.a) * kLog2Ef) : 0, v[7] = 0;
     const float total = warp_sums(v, lane_);
-    for (int set : {kStrong, kWeak})
+#pragma unroll
+    for (int set = kStrong; set <= kWeak; set++)
       for (int i = 0; i < 3; i++) all.v[set][i] = __shfl_sync(kAllLanes, total, 16 * set + 4 * i);
     all.hard = __shfl_sync(kAllLanes, total, 12);
     return all;
@@ -200,7 +210,8 @@ class DecoupledTotals : public Totals<T, ForwardKL> {
     const float inv_temperature = reciprocal(row.temperature), k = row.log2e_over_temperature;
     float student = 0, teacher = 0;
     bool apart = false;
-    for (int set : {kStrong, kWeak}) {
+#pragma unroll
+    for (int set = kStrong; set <= kWeak; set++) {
       n.student_sum[set] = sums.v[set][0], n.teacher_sum[set] = sums.v[set][1];
       student += n.student_sum[set], teacher += n.teacher_sum[set];
       apart = apart || !(fminf(n.student_sum[set], n.teacher_sum[set]) > 1e-20f);
@@ -228,26 +239,35 @@ class DecoupledTotals : public Totals<T, ForwardKL> {
     const Logarithm of_student = logarithm(4), of_teacher = logarithm(5);
     n.student_log = of_student.natural(), n.teacher_log = of_teacher.natural();
     this->hard_log_ = logarithm(6).natural();
-    for (int set : {kStrong, kWeak})
+#pragma unroll
+    for (int set = kStrong; set <= kWeak; set++)
       n.divergence[set] = fmaxf(0, fmaf(sums.v[set][2] * reciprocal(n.teacher_sum[set]), inv_temperature, -n.log_gap[set]));
     if constexpr (Kind == Split::label) n.divergence[kStrong] = 0;
     n.sets_apart = apart;
     n.turn = good ? Turn::everywhere : Turn::nan;
     if (good && !apart) {
-      const float lambda = n.log_gap[kStrong] - n.log_gap[kWeak], inv_student = reciprocal(student);
-      const Masses m = Masses::of(n.student_sum[kStrong] * inv_student, n.student_sum[kWeak] * inv_student, lambda);
+      const float lambda = n.log_gap[kStrong] - n.log_gap[kWeak], inv_student = reciprocal(student), inv_teacher = reciprocal(teacher);
+      const Masses m = Masses::of(n.student_sum[kStrong] * inv_student, n.student_sum[kWeak] * inv_student,
+                                  n.teacher_sum[kStrong] * inv_teacher, n.teacher_sum[kWeak] * inv_teacher, lambda);
       set_report(n, m);
       if constexpr (Base::kFar) {
         const float value = weighted(n, n.divergence[kStrong], n.divergence[kWeak]);
-        const float most = fmaxf(n.weight[0], fmaxf(n.term_weight[0], n.term_weight[1]));
+        float most = n.weight[0];
+        bool agree = false;  // in a set of weight, where plain differences would lose their digits
+#pragma unroll
+        for (int set = kStrong; set <= kWeak; set++) {
+          most = fmaxf(most, n.term_weight[set] * fmaxf(1, 0.5f * fabsf(n.log_gap[set])));
+          agree = agree || (n.divergence[set] < 0.05f && n.term_weight[set] > 0.02f * value);
+        }
         const float gap = fmaf(max_gap, k, log_ratio(of_teacher, of_student) * kLog2Ef);
         // A NaN, of a column that is -inf in both models, fails the comparison.
-        if (value >= 0.25f * most && value > 0 && value < 1e30f && fabsf(gap) < 24) n.turn = Turn::far;
+        if (!agree && value >= 0.25f * most && value > 0 && value < 1e30f && fabsf(gap) < 24) n.turn = Turn::far;
         float student_rest, teacher_rest;
         n.student_lse = this->log2_normaliser(sums.a, k, of_student, student_rest);
         n.teacher_lse = this->log2_normaliser(sums.b, k, of_teacher, teacher_rest);
         const float exact_q = Math::exp2(-student_rest), exact_p = Math::exp2(-teacher_rest);
-        for (int set : {kStrong, kWeak}) {
+#pragma unroll
+        for (int set = kStrong; set <= kWeak; set++) {
           const float of_binary = (set == kStrong ? n.weight[0] : -n.weight[0]) * m.difference;
           n.by_q[set] = fmaf(n.kd * (of_binary + n.term_weight[set]), reciprocal(m.student[set]), n.folded_ce) * exact_q;
           n.by_p[set] = -n.kd * n.term_weight[set] * reciprocal(m.teacher[set]) * exact_p;
@@ -260,7 +280,9 @@ class DecoupledTotals : public Totals<T, ForwardKL> {
  public:
   static __device__ void set_report(DecoupledNumbers& n, const Masses& m, bool mass_weighted) {
     n.bcd = m.bcd;
-    for (int set : {kStrong, kWeak}) n.term_weight[set] = n.weight[1 + set] * (mass_weighted ? m.teacher[set] : 1.0f);
+#pragma unroll
+    for (int set = kStrong; set <= kWeak; set++) n.term_weight[set] = n.weight[1 + set] * (mass_weighted ? m.teacher[set] : 1.0f);
+    if constexpr (Kind == Split::label) n.term_weight[kStrong] = 0;  // one token: p~ = q~
     n.strong_mass_teacher = m.teacher[kStrong], n.strong_mass_student = m.student[kStrong];
   }
 
@@ -293,7 +315,7 @@ class DecoupledTotals : public Totals<T, ForwardKL> {
   }
 
  private:
-  SplitMemory* split_;
+  SplitMemory<T>* split_;
   SelectTotals<T> select_;
   int statistics_ = 0;
   float weight_[3];

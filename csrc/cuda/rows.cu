@@ -102,7 +102,7 @@ int64_t share(const RowProblem& p, int cluster) {
 
 constexpr int kStaticShared = sizeof(ExchangeMemory) + (2 * sizeof(uint64_t) + sizeof(RowHeader)) * kMaxSlots + 256;  // with room for alignment
 
-int static_shared(const RowProblem& p) { return kStaticShared + (splits(p) ? int(sizeof(SplitMemory)) : 0); }
+int static_shared(const RowProblem& p) { return kStaticShared + (splits(p) ? int(sizeof(SplitMemory<float>)) : 0); }
 
 int slots(const Device& d, const RowProblem& p, const Plan& plan) {
   const int64_t per_block = std::min<int64_t>(d.shared_per_block, d.shared_per_sm / plan.blocks_per_sm - d.reserved);

@@ -1,26 +1,24 @@
 // The threshold of a row's strong set, found where the row lies: the k-th largest of the teacher's logits, or the largest
 // threshold above which they hold a given mass.
 //
-// A radix select over the order-preserving integer image of a float. A window of kBins equal intervals of images is laid
-// where the threshold is expected; one sweep of the teacher's row counts the columns of each interval in shared memory and
-// adds up what lies above the window. The counts of all blocks then say whether the threshold lies above, below or in
-// which interval, and an interval of a single image ends the search: for 16-bit logits most often at once, since a warp of
-// its own (the scout) lays the first window by a sample of the row, one row ahead. Where it guessed wrong, or images are
-// many (fp32), there is another round; what a round has shown is never lost, so that the search ends whatever the row.
-//
-// Masses are exact where that decides: an interval of a single image holds its count times that image's exponential. In
-// wider ones they are estimates, which the next round confirms or refutes.
+// The search goes over the order-preserving integer images of floats. A round is one sweep of the teacher's row against a
+// window: columns are counted by image in its exact part, kExact images from `low` on; by equal intervals of values in its
+// coarse part, further up; and what lies above the exact part is added up. The counts of all blocks then name the
+// threshold, or show where it lies: an exact count times the image's exponential is its mass, so that the decision is
+// exact; the coarse counts, whose masses are estimates, only say where to look next. The first window is laid by a sample
+// of the row, one row ahead, by a warp of its own; for 16-bit logits it most often holds the threshold. What a round has
+// shown is never lost, and where guesses fail the known interval is halved, so that the search ends whatever the row.
 #pragma once
 #include "sweep.cuh"
 
 namespace kdkernels::cuda {
 
-constexpr int kBins = 512;
+constexpr int kExact = 256, kCoarse = 256, kBins = kExact + kCoarse;
 constexpr int kScoutBins = 256;
 
-// Floats in the order of unsigned integers.
+// Floats in the order of unsigned integers; both zeros have one.
 __device__ __forceinline__ uint32_t image_of(float x) {
-  const uint32_t bits = __float_as_uint(x);
+  const uint32_t bits = __float_as_uint(x + 0.0f);
   return bits ^ (uint32_t(int(bits) >> 31) | 0x80000000u);
 }
 __device__ __forceinline__ float value_of(uint32_t image) {
@@ -47,36 +45,35 @@ template <class T>
 constexpr uint32_t kLeastImage = 0x007fffffu >> kSpareBits<T> << kSpareBits<T>;
 constexpr uint32_t kBeyondImages = 0xff800001u;
 
-// kBins intervals of 2^shift images from `low` on.
+template <class T>
 struct Window {
-  uint32_t low;
-  int shift;
-  float reference;  // masses are e^((y - reference)/T)
+  uint32_t low;      // an image, of no spare bits
+  float coarse;      // where the coarse part begins: at the end of the exact part, or above
+  float inv_width;   // of its intervals; the last one has no end
+  float reference;   // masses are e^((y - reference)/T); NaN: the largest logit, which is to be found
 
-  template <class T>
-  static __device__ Window over(uint32_t low, uint32_t end, float reference) {
-    int shift = kSpareBits<T>;
-    while (end - low > uint64_t(kBins) << shift) shift++;
-    return {low, shift, reference};
+  static __device__ Window at(uint32_t low, float coarse, float width, float reference) {
+    Window w{low, coarse, width > 0 ? 1 / width : 0, reference};
+    w.coarse = w.bounded() ? fmaxf(coarse, w.middle()) : __builtin_inff();
+    return w;
   }
-  __device__ uint32_t end() const {
-    const uint64_t end = low + (uint64_t(kBins) << shift);
-    return end < kBeyondImages ? uint32_t(end) : kBeyondImages;
-  }
+  // Whether numbers lie above the exact part, and from which value on.
+  __device__ bool bounded() const { return low < kBeyondImages - (uint32_t(kExact) << kSpareBits<T>); }
+  __device__ uint32_t middle_image() const { return low + (uint32_t(kExact) << kSpareBits<T>); }
+  __device__ float middle() const { return bounded() ? value_at<T>(middle_image()) : __builtin_nanf(""); }
 };
 
+template <class T>
 struct SelectMemory {
   alignas(16) uint32_t bins[kBins];  // of this block; all 0 between rounds
   uint32_t scout_bins[kScoutBins];
-  Window scouted[2];  // of the rows in flight
-  Window window;      // of the next round
+  Window<T> scouted[2];  // of the rows in flight; see SplitMemory
+  Window<T> window;   // of the next round
   float threshold;    // NaN: another round
   float sums_of_blocks[2][4][ExchangeMemory::kMaxBlocks];
-  uint64_t scout_full[2], scout_empty[2], sent[2];
+  uint64_t sent[2];
 
-  __device__ void init(int warps) {
-    for (uint64_t& barrier : scout_full) barrier_init(shared_address(&barrier), 1);
-    for (uint64_t& barrier : scout_empty) barrier_init(shared_address(&barrier), warps);
+  __device__ void init() {
     for (uint64_t& barrier : sent) barrier_init(shared_address(&barrier), 1);
   }
 };
@@ -93,69 +90,67 @@ class Scout {
   static constexpr int G = kGroup<T>, kVectors = 8;  // a lane's sample: as many pieces of 16 bytes
 
  public:
-  __device__ Scout(const ClusterProblem& problem, SelectMemory* memory, int lane)
+  __device__ Scout(const ClusterProblem& problem, SelectMemory<T>* memory, int lane)
       : p_(problem.rows), temperature_(problem.temperature), amount_(problem.strong_amount), memory_(memory), lane_(lane) {}
 
-  __device__ void serve(uint32_t first_row, uint32_t row_step) {
+  __device__ void clear() {
     for (int i = lane_; i < kScoutBins; i += 32) memory_->scout_bins[i] = 0;
     __syncwarp();
-    int n = 0;
-    for (uint32_t row = first_row; row < uint32_t(p_.rows); row += row_step, n++) {
-      const int b = n & 1;
-      barrier_wait(shared_address(&memory_->scout_empty[b]), (n >> 1 & 1) ^ 1);
-      const bool counts = static_cast<const float*>(p_.row_scale)[row] != 0;
-      if (counts) {
-        const Window window = look(row);
-        if (lane_ == 0) memory_->scouted[b] = window;
-      }
-      __syncwarp();
-      if (lane_ == 0) barrier_arrive(shared_address(&memory_->scout_full[b]));
-    }
+  }
+  __device__ void look_ahead(uint32_t row, int buffer) {
+    const Window<T> window = look(row);
+    if (lane_ == 0) memory_->scouted[buffer] = window;
   }
 
  private:
-  __device__ Window look(uint32_t row) {
+  __device__ Window<T> look(uint32_t row) {
     const T* begin = row_begin<T>(p_.teacher, row);
-    const int phase = phase_of(begin), columns = int(p_.vocab_size), groups = (columns - (G - phase) % G) / G;
-    const T* aligned = begin + (G - phase) % G;
-    const Window everything = Window::over<T>(kLeastImage<T>, kBeyondImages, 0);
-    if (groups < 32) return everything;
-    // Pieces spread evenly over the row.
-    const int pieces = min(32 * kVectors, groups / 32 * 32), each = pieces / 32;
-    uint4 sample[kVectors];
+    const int phase = phase_of(begin), columns = int(p_.vocab_size), skip = (G - phase) % G, groups = (columns - skip) / G;
+    // Pieces of 16 bytes, spread evenly over the row; the whole row where it is short.
+    const bool whole = groups < 32;
+    const int pieces = whole ? (columns + G - 1) / G : min(32 * kVectors, groups / 32 * 32), each = (pieces + 31) / 32;
+    float sample[kVectors][G];
 #pragma unroll
     for (int i = 0; i < kVectors; i++)
       if (i < each) {
-        const int at = int(int64_t(i * 32 + lane_) * groups / pieces);
-        sample[i] = __ldg(reinterpret_cast<const uint4*>(aligned + int64_t(at) * G));
+        if (whole) {
+#pragma unroll
+          for (int j = 0; j < G; j++) {
+            const int at = (i * 32 + lane_) * G + j;
+            sample[i][j] = at < columns ? float(begin[at]) : -__builtin_inff();
+          }
+        } else {
+          const int at = int(int64_t(i * 32 + lane_) * groups / pieces);
+          widen(__ldg(reinterpret_cast<const uint4*>(begin + skip + int64_t(at) * G)), sample[i], T{});
+        }
       }
-    float top = -__builtin_inff(), bottom = __builtin_inff();
     auto over_sample = [&](auto f) {
 #pragma unroll
       for (int i = 0; i < kVectors; i++)
-        if (i < each) {
-          float y[G];
-          widen(sample[i], y, T{});
+        if (i < each)
 #pragma unroll
-          for (int j = 0; j < G; j++) f(y[j]);
-        }
+          for (int j = 0; j < G; j++) f(sample[i][j]);
     };
+    float top = -__builtin_inff(), bottom = top;
     over_sample([&](float y) {
       top = fmaxf(top, y);
-      if (y > -__builtin_inff()) bottom = fminf(bottom, y);
+      if (y > -__builtin_inff()) bottom = fmaxf(bottom, -y);
     });
-    top = warp_max(top), bottom = -warp_max(-bottom);
-    if (!isfinite(top) || !isfinite(bottom) || !(top > bottom)) return {everything.low, everything.shift, isfinite(top) ? top : 0};
-
+    top = warp_max(top), bottom = -warp_max(bottom);
     const bool mass = by_mass(p_);
     const float temperature = p_.temperatures ? static_cast<const float*>(p_.temperatures)[row] : temperature_;
-    const float k = kLog2Ef / temperature, step = (kScoutBins - 1) / (top - bottom);
+    const float k = kLog2Ef / temperature, width = temperature * 0.125f;
+    if (!isfinite(top) || !isfinite(bottom)) return Window<T>::at(kLeastImage<T>, -__builtin_inff(), 1, __builtin_nanf(""));
+    if (!(top > bottom)) return Window<T>::at(rounded_image<T>(top), top, width, top);
+
+    const float step = (kScoutBins - 1) / (top - bottom);
     float squares = 0;
     over_sample([&](float y) {
+      if (!(y > -__builtin_inff())) return;
       const int bin = min(kScoutBins - 1, int((top - y) * step));
       const float weight = Math::exp2((y - top) * k);
       squares += weight * weight;
-      if (y > -__builtin_inff()) atomicAdd(&memory_->scout_bins[bin], mass ? uint32_t(weight * 0x1p20f) : 1u);
+      atomicAdd(&memory_->scout_bins[bin], mass ? uint32_t(weight * 0x1p20f) : 1u);
     });
     __syncwarp();
     constexpr int each_bins = kScoutBins / 32;
@@ -174,35 +169,33 @@ class Scout {
     }
     const float total = __shfl_sync(kAllLanes, before, 31);
     before -= all;
-    // Where the sample says that the row's threshold surely is not, below and above.
-    float upper, lower;
+    // The threshold is not likely to lie below where the sample holds this much.
+    float enough;
     if (mass) {
       float v[1] = {squares};
       const float mean = total * 0x1p-20f, independent = mean * mean / warp_sums(v, lane_);
       const float doubt = 3 * sqrtf(amount_ * (1 - amount_) / independent) + 0.01f;
-      upper = fminf(amount_ + doubt, 0.5f + 0.5f * amount_) * total;
-      lower = independent > 64 ? (amount_ - doubt) * total : -1;
+      enough = fminf(amount_ + doubt, 0.5f + 0.5f * amount_) * total;
     } else {
-      const float expected = amount_ * (pieces * G) / columns, doubt = 3 * sqrtf(expected) + 2;
-      upper = expected + doubt, lower = expected - doubt;
+      const float expected = amount_ * (whole ? 1 : float(pieces * G) / columns);
+      enough = expected + (whole ? 0 : 3 * sqrtf(expected) + 2);
     }
-    int low_bin = kScoutBins, high_bin = -1;  // the last bin above which less than `upper` lies; … all under `lower`
+    int low_bin = kScoutBins;
 #pragma unroll
-    for (int i = 0; i < each_bins; i++) {
-      before += held[i];
-      if (before >= upper) low_bin = min(low_bin, lane_ * each_bins + i);
-      if (before < lower) high_bin = lane_ * each_bins + i;
+    for (int i = each_bins - 1; i >= 0; i--) {
+      float to_here = before;
+#pragma unroll
+      for (int j = 0; j <= i; j++) to_here += held[j];
+      if (to_here >= enough) low_bin = lane_ * each_bins + i;
     }
-    low_bin = __reduce_min_sync(kAllLanes, low_bin), high_bin = __reduce_max_sync(kAllLanes, high_bin);
-    if (low_bin == kScoutBins) return {everything.low, everything.shift, top};
-    const uint32_t low = max(rounded_image<T>(top - (low_bin + 1) / step), kLeastImage<T>);
-    if (high_bin < 0) return {low, kSpareBits<T>, top};
-    return Window::over<T>(low, rounded_image<T>(top - high_bin / step) + (1u << kSpareBits<T>), top);
+    low_bin = __reduce_min_sync(kAllLanes, low_bin);
+    const float low = low_bin == kScoutBins ? bottom : top - (low_bin + 1) / step;
+    return Window<T>::at(max(rounded_image<T>(low), kLeastImage<T>), top, width, top);
   }
 
   const RowProblem& p_;
   const float temperature_, amount_;
-  SelectMemory* memory_;
+  SelectMemory<T>* memory_;
   const int lane_;
 };
 
@@ -213,19 +206,22 @@ class SelectTotals {
   static constexpr int kEach = kBins / 32;
 
  public:
-  __device__ SelectTotals(const ClusterProblem& problem, SelectMemory* memory, uint32_t* of_blocks, int blocks, int rank, int lane)
+  __device__ SelectTotals(const ClusterProblem& problem, SelectMemory<T>* memory, uint32_t* of_blocks, int blocks, int rank, int lane)
       : amount_(problem.strong_amount), mass_(by_mass(problem.rows)), memory_(memory), of_blocks_(of_blocks),
         blocks_(blocks), rank_(rank), lane_(lane) {}
 
-  // `sums`, in lanes 0 and 8: what lies above the window (columns or mass), and the mass of all.
+  // `sums`, in lanes 0 and 8: what lies above the window's exact part (columns or mass), and the mass of all.
   __device__ void round(float sums, bool first, int buffer, float k) {
     if (first) window_ = memory_->scouted[buffer], least_ = kLeastImage<T>, beyond_ = kBeyondImages, rounds_ = 0;
+    if (window_.reference != window_.reference) window_.reference = maximum_;
     uint32_t counts[kEach];
     exchange(sums, counts);
     const float above = __shfl_sync(kAllLanes, sums, 0), all = __shfl_sync(kAllLanes, sums, 8);
     const float threshold = decide(counts, above, all, k);
     if (lane_ == 0) memory_->window = window_, memory_->threshold = threshold;
   }
+  // Of the row's logits, ahead of a round whose window knows no reference.
+  __device__ void set_maximum(float maximum) { maximum_ = maximum; }
 
  private:
   // Lane l has bins l·kEach and on. Both become those of all blocks.
@@ -270,68 +266,91 @@ class SelectTotals {
 
   // The threshold; or NaN, and the window of another round.
   __device__ float decide(const uint32_t (&counts)[kEach], float above, float all, float k) {
-    const float none = -__builtin_inff(), again = __builtin_nanf("");
-    if (mass_ && !(all > 0 && all < __builtin_inff())) {  // the reference is far off; NaN: the row is
-      if (all != all || rounds_++ > kMostRounds) return none;
-      window_.reference += (all > 0 ? 64 : -64) / k;
+    const float infinity = __builtin_inff(), again = __builtin_nanf("");
+    if (mass_ && !(all > 0 && all < infinity)) {
+      // The reference is far off; or the row holds no number, or a NaN, and then it is NaN whatever its set.
+      if (all != all || !(fabsf(window_.reference) < infinity) || rounds_++ > kMostRounds) return -infinity;
+      window_.reference = again;
       return again;
     }
-    const float target = mass_ ? amount_ * all : amount_;
+    const float target = mass_ ? amount_ * all : amount_, middle = window_.middle();
+    // The lower half of the warp has the exact part, the upper the coarse one.
+    const bool coarse = lane_ >= 16;
+    const float width = window_.inv_width > 0 ? 1 / window_.inv_width : 0;
     float held[kEach], mine = 0;
 #pragma unroll
     for (int i = 0; i < kEach; i++) {
+      const int bin = lane_ % 16 * kEach + i;
       held[i] = float(counts[i]);
       if (mass_ && counts[i]) {
-        const uint32_t begin = window_.low + (uint32_t(lane_ * kEach + i) << window_.shift);
-        float value = value_at<T>(begin);
-        if (window_.shift > kSpareBits<T>) value = 0.5f * value + 0.5f * value_of(begin + ((1u << window_.shift) - 1));
-        held[i] *= Math::exp2((value - window_.reference) * k);
+        const float value =
+            coarse ? window_.coarse + (bin + 0.5f) * width : value_at<T>(window_.low + (uint32_t(bin) << kSpareBits<T>));
+        held[i] *= Math::exp2(fminf((value - window_.reference) * k, 100));
       }
       mine += held[i];
     }
-    float over = mine;  // what lies in this lane's bins and all above
+    if (mass_ && window_.coarse == middle) {  // what the last interval holds is known
+      float others = coarse ? mine - (lane_ == 31 ? held[kEach - 1] : 0) : 0;
 #pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const float from = __shfl_down_sync(kAllLanes, over, d);
-      if (lane_ + d < 32) over += from;
+      for (int d = 16; d > 0; d /= 2) others += __shfl_xor_sync(kAllLanes, others, d);
+      if (lane_ == 31) mine -= held[kEach - 1], held[kEach - 1] = fmaxf(0, above - others), mine += held[kEach - 1];
     }
-    over += above - mine;
+    float over = mine;  // of its half of the warp, what lies in this lane's intervals and all above
+#pragma unroll
+    for (int d = 1; d < 16; d *= 2) {
+      const float from = __shfl_down_sync(kAllLanes, over, d, 16);
+      if (lane_ % 16 + d < 16) over += from;
+    }
+    over += (coarse ? 0 : above) - mine;
     int bin = -1;
 #pragma unroll
     for (int i = kEach - 1; i >= 0; i--) {
       over += held[i];
-      if (bin < 0 && over >= target) bin = lane_ * kEach + i;
+      if (bin < 0 && over >= target) bin = lane_ % 16 * kEach + i;
     }
-    bin = __reduce_max_sync(kAllLanes, bin);
-    if (rounds_++ > kMostRounds) return none;
+    const int exact_bin = __reduce_max_sync(kAllLanes, coarse ? -1 : bin);
+    const int coarse_bin = __reduce_max_sync(kAllLanes, coarse ? bin : -1);
+
+    float from = again, to = again;  // a guess
     if (above >= target) {
-      least_ = window_.end();
-    } else if (bin < 0) {
-      beyond_ = window_.low;
-    } else {
-      const uint32_t begin = window_.low + (uint32_t(bin) << window_.shift);
-      const uint32_t end = uint32_t(min(uint64_t(begin) + (uint64_t(1) << window_.shift), uint64_t(kBeyondImages)));
-      if (window_.shift == kSpareBits<T>) return value_at<T>(begin);
-      if (mass_) {  // by an estimate: known is the window alone
-        least_ = max(least_, window_.low), beyond_ = min(beyond_, window_.end());
-        window_ = Window::over<T>(max(begin, least_), min(end, beyond_), window_.reference);
-        return again;
+      least_ = max(least_, window_.middle_image());
+      if (window_.coarse < infinity && width > 0) {
+        from = coarse_bin < 0 ? value_at<T>(least_) : window_.coarse + (coarse_bin - 1) * width;
+        to = coarse_bin < 0 ? window_.coarse : window_.coarse + (coarse_bin < kCoarse - 1 ? coarse_bin + 2 : 16 * kCoarse) * width;
       }
-      least_ = max(least_, begin), beyond_ = min(beyond_, end);
+    } else {
+      if (exact_bin >= 0) return value_at<T>(window_.low + (uint32_t(exact_bin) << kSpareBits<T>));
+      beyond_ = min(beyond_, window_.low);
+      to = value_at<T>(beyond_), from = to - kLog2Ef / k * exp2f(3.0f * rounds_);
     }
-    if (least_ >= beyond_) return none;  // rounding: not even everything holds the mass asked for
-    window_ = Window::over<T>(least_, beyond_, window_.reference);
+    // Rounding may leave nothing between; then the set's mass is the one asked for, as far as fp32 knows.
+    const float upper = beyond_ < kBeyondImages ? value_at<T>(beyond_) : infinity;
+    if (least_ >= beyond_ || rounds_ > kMostRounds) return upper;
+    const uint32_t images = beyond_ - least_;
+    if (images <= uint32_t(kExact) << kSpareBits<T>) {
+      window_ = Window<T>::at(least_, infinity, 0, window_.reference);
+    } else {
+      const uint32_t low = from == from ? max(rounded_image<T>(from), least_) : beyond_;
+      to = fminf(to, upper);
+      const float at = low < beyond_ ? value_at<T>(low) : again;
+      if (rounds_ < 10 && isfinite(at) && isfinite(to) && to > at)
+        window_ = Window<T>::at(low, -infinity, (to - at) / kCoarse, window_.reference);
+      else
+        window_ = Window<T>::at(least_ + (images / 2 >> kSpareBits<T> << kSpareBits<T>), infinity, 0, window_.reference);
+    }
+    rounds_++;
     return again;
   }
 
-  static constexpr int kMostRounds = 4096;
+  static constexpr int kMostRounds = 100;
   const float amount_;
   const bool mass_;
-  SelectMemory* memory_;
+  SelectMemory<T>* memory_;
   uint32_t* of_blocks_;  // (2, blocks, kBins)
   const int blocks_, rank_, lane_;
   int count_ = 0, rounds_ = 0;
-  Window window_{};
+  Window<T> window_{};
+  float maximum_ = 0;
   uint32_t least_ = 0, beyond_ = 0;  // the threshold's image lies in [least, beyond)
 };
 

@@ -8,14 +8,19 @@ namespace kdkernels::cuda {
 enum class Split { label, threshold, given };
 
 // Shared memory of a split kernel beside the ring's and the exchange's.
+template <class T>
 struct SplitMemory {
   float of_blocks[2][16][ExchangeMemory::kMaxBlocks];  // what blocks send each other of their statistics
+  SelectMemory<T> select;
   uint64_t sent[2];
-  SelectMemory select;
+  // What a warp of its own prepares of a row ahead of the consumers, in two buffers: a window, or a mask's bits.
+  uint64_t prepared[2], used[2];
 
   __device__ void init(int warps) {
     for (uint64_t& barrier : sent) barrier_init(shared_address(&barrier), 1);
-    select.init(warps);
+    for (uint64_t& barrier : prepared) barrier_init(shared_address(&barrier), 1);
+    for (uint64_t& barrier : used) barrier_init(shared_address(&barrier), warps);
+    select.init();
   }
 };
 
@@ -29,12 +34,68 @@ constexpr int split_bytes(StrongSetId strong, int blocks, int share) {
   }
 }
 
-template <class T, Split Kind, class Base>
+// The warp that prepares rows.
+template <class T, Split Kind>
+class Prepare {
+ public:
+  __device__ Prepare(const ClusterProblem& problem, SplitMemory<T>* memory, uint8_t* bits, int rank, int lane)
+      : problem_(problem), p_(problem.rows), memory_(memory), bits_(bits), rank_(rank), lane_(lane) {}
+
+  __device__ void serve(uint32_t first_row, uint32_t row_step) {
+    if constexpr (Kind == Split::label) return;
+    Scout<T> scout(problem_, &memory_->select, lane_);
+    if constexpr (Kind == Split::threshold) scout.clear();
+    int n = 0;
+    for (uint32_t row = first_row; row < uint32_t(p_.rows); row += row_step, n++) {
+      const int b = n & 1;
+      barrier_wait(shared_address(&memory_->used[b]), (n >> 1 & 1) ^ 1);
+      if (static_cast<const float*>(p_.row_scale)[row] != 0) {
+        if constexpr (Kind == Split::threshold)
+          scout.look_ahead(row, b);
+        else
+          keep_mask(row, b);
+      }
+      __syncwarp();
+      if (lane_ == 0) barrier_arrive(shared_address(&memory_->prepared[b]));
+    }
+  }
+
+ private:
+  // The mask's bits of this block's columns.
+  __device__ void keep_mask(uint32_t row, int buffer) const {
+    const uint8_t* mask = p_.strong.mask + row_offset(p_.strong.mask_rows, row);
+    const int vocab = int(p_.vocab_size), phase = phase_of(row_begin<T>(p_.student, row));
+    const int begin = rank_ * problem_.share - phase, columns = min(problem_.share, vocab - begin);
+    uint16_t* bits = reinterpret_cast<uint16_t*>(bits_ + buffer * (problem_.share / 8));
+#pragma unroll 8
+    for (int at = lane_ * 16; at < columns; at += 32 * 16) {
+      const int from = begin + at;
+      uint32_t packed = 0;
+      if (from >= 0 && from + 16 <= vocab && reinterpret_cast<uintptr_t>(mask + from) % 16 == 0) {
+        const uint4 v = __ldg(reinterpret_cast<const uint4*>(mask + from));
+        packed = four_bits(v.x) | four_bits(v.y) << 4 | four_bits(v.z) << 8 | four_bits(v.w) << 12;
+      } else {
+        for (int i = 0; i < 16; i++)
+          if (from + i >= 0 && from + i < vocab && mask[from + i]) packed |= 1u << i;
+      }
+      bits[at / 16] = uint16_t(packed);
+    }
+  }
+  // Of four bytes that are 0 or 1.
+  static __device__ __forceinline__ uint32_t four_bits(uint32_t bytes) { return bytes * 0x10204080u >> 28; }
+
+  const ClusterProblem& problem_;
+  const RowProblem& p_;
+  SplitMemory<T>* memory_;
+  uint8_t* bits_;
+  const int rank_, lane_;
+};
+
+template <class T, Split Kind_, class Base>
 class SplitSweep : public Base {
  protected:
   using Math = FloatMath;
   static constexpr int G = kGroup<T>;
-  using Base::blocks_;
   using Base::columns_;
   using Base::exchange_;
   using Base::limit_;
@@ -50,29 +111,80 @@ class SplitSweep : public Base {
   using Base::step_;
 
   struct InFlight : Base::InFlight {
+    int ordinal = 0;    // of the row, among those of this cluster
+    int selecting = 0;  // the exchange to wait for
     float threshold = 0;
   };
 
  public:
+  static constexpr Split Kind = Kind_;
+
   __device__ SplitSweep(const ClusterProblem& problem, const Ring<T>& ring, const Exchange& exchange, int blocks, int rank,
-                        SplitMemory* memory, uint8_t* dynamic)
-      : Base(problem, ring, exchange, blocks, rank), memory_(memory), bits_(dynamic) {}
+                        SplitMemory<T>* memory, const uint8_t* bits)
+      : Base(problem, ring, exchange, blocks, rank), memory_(memory), bits_(bits) {}
 
  protected:
-  // Before the first sweep over a row: finds its strong set. The row's slots need not have arrived.
-  __device__ __forceinline__ void split(InFlight& at, uint32_t row) {
+  // All rows of this cluster. Where the ring holds two rows, the exchanges of one hide behind the sweeps of the other:
+  //     select(next) | gradient(now) | statistics(next)        of a threshold, whose exchange the gradient hides;
+  //     statistics(next) | gradient(now)                       otherwise.
+  // `between` may be another sweep over the row at hand, before the next one's statistics.
+  template <class Self>
+  static __device__ __forceinline__ void consume(Self& self, uint32_t first_row, uint32_t row_step, bool statistics_last) {
+    const uint32_t rows = uint32_t(self.p_.rows);
+    InFlight now, next;
+    if (first_row < rows) {
+      now = self.begin(first_row, 0, 0, 0, 0);
+      self.start(first_row, now);
+    }
+    for (uint32_t row = first_row; row < rows; row += row_step) {
+      int after = now.slot + now.chunks;
+      uint32_t parity = now.parity;
+      if (after >= self.ring_.count) after -= self.ring_.count, parity ^= 1;
+      const bool more = row + row_step < rows, ahead = more && self.problem_.ahead;
+      if (ahead) next = self.begin(row + row_step, after, parity, now.buffer ^ 1, now.ordinal + 1);
+      self.between(now);
+      if (ahead && !statistics_last) self.start(row + row_step, next);
+      self.finish(row, now);
+      if (more && !ahead) next = self.begin(row + row_step, after, parity, now.buffer ^ 1, now.ordinal + 1);
+      if (more && (!ahead || statistics_last)) self.start(row + row_step, next);
+      now = next;
+    }
+    self.exchange_.post({Wanted::nothing_more, 0, false, 0, 0});
+  }
+
+  // Enters a row, and starts to look for its threshold.
+  __device__ __forceinline__ InFlight begin(uint32_t row, int slot, uint32_t parity, int buffer, int ordinal) {
+    InFlight at;
+    at.slot = slot, at.parity = parity, at.buffer = buffer, at.ordinal = ordinal;
+    barrier_wait(ring_.full_barrier(slot), parity);
+    const RowHeader& header = this->enter(at);
+    at.counts = header.scale != 0, at.chunks = header.chunks;
     if constexpr (Kind == Split::threshold) {
-      const int b = rows_ & 1;
-      barrier_wait(shared_address(&memory_->select.scout_full[b]), rows_ >> 1 & 1);
-      if (at.counts) at.threshold = p_.strong.id == StrongSetId::top_p && problem_.strong_amount >= 1 ? -__builtin_inff() : select(at, b);
-      __syncwarp();
-      if (exchange_.lane == 0) barrier_arrive(shared_address(&memory_->select.scout_empty[b]));
-      rows_++;
-    } else if constexpr (Kind == Split::given) {
-      if (at.counts) keep_mask(row, at.buffer);
-      consumers_sync(exchange_.warps * 32);
+      wait_prepared(at);
+      if (at.counts && !everything()) at.selecting = sweep_window(at, memory_->select.scouted[buffer], true);
+    }
+    return at;
+  }
+
+  // Before the first sweep that asks for strong columns.
+  __device__ __forceinline__ void settle(InFlight& at) {
+    if constexpr (Kind == Split::given) wait_prepared(at);
+    if constexpr (Kind == Split::threshold) {
+      at.threshold = -__builtin_inff();
+      while (at.counts && !everything()) {
+        exchange_.wait(at.selecting);
+        at.threshold = memory_->select.threshold;
+        if (at.threshold == at.threshold) break;
+        at.selecting = sweep_window(at, memory_->select.window, false);
+      }
+      done_with_prepared(at);
     }
   }
+  // After the last one.
+  __device__ __forceinline__ void leave(const InFlight& at) {
+    if constexpr (Kind == Split::given) done_with_prepared(at);
+  }
+
   // Before every sweep that asks for strong columns.
   __device__ __forceinline__ void set_split(const InFlight& at, int label) {
     if constexpr (Kind == Split::threshold) threshold_ = at.threshold;
@@ -95,48 +207,68 @@ class SplitSweep : public Base {
   }
 
  private:
-  __device__ float select(const InFlight& at, int buffer) {
-    this->enter(at);
-    const bool mass = by_mass(p_);
-    const SelectMemory& memory = memory_->select;
-    Window window = memory.scouted[buffer];
-    for (bool first = true;; first = false) {
-      const float of_warp = mass ? sweep_window<true>(window) : sweep_window<false>(window);
-      exchange_.wait(exchange_.template post_sums<4>(of_warp, {Wanted::select, buffer, first, at.slot, 0}));
-      const float threshold = memory.threshold;
-      if (threshold == threshold) return threshold;
-      window = memory.window;
-    }
+  __device__ __forceinline__ bool everything() const { return by_mass(p_) && problem_.strong_amount >= 1; }
+  __device__ __forceinline__ void wait_prepared(const InFlight& at) const {
+    barrier_wait(shared_address(&memory_->prepared[at.buffer]), at.ordinal >> 1 & 1);
+  }
+  __device__ __forceinline__ void done_with_prepared(const InFlight& at) const {
+    __syncwarp();
+    if (exchange_.lane == 0) barrier_arrive(shared_address(&memory_->used[at.buffer]));
   }
 
-  // Counts columns by the window's intervals. What lies above it: the mass or the number of columns; and the mass of all.
+  // A round of a select; the exchange that brings its outcome.
+  __device__ __forceinline__ int sweep_window(const InFlight& at, Window<T> window, bool first) {
+    this->enter(at);
+    if (by_mass(p_) && window.reference != window.reference) window.reference = maximum();
+    const float of_warp = by_mass(p_) ? count_window<true>(window) : count_window<false>(window);
+    return exchange_.template post_sums<4>(of_warp, {Wanted::select, at.buffer, first, at.slot, 0});
+  }
+
+  // The teacher's largest logit.
+  __device__ float maximum() {
+    float largest = -__builtin_inff(), nothing = 0;
+    sweep_teacher([&]<bool Special>(uint4 t, int column) {
+      float y[G];
+      widen(t, y, T{});
+#pragma unroll
+      for (int i = 0; i < G; i++)
+        if (!Special || (column + i >= low_ && column + i < limit_)) largest = fmaxf(largest, y[i]);
+    });
+    exchange_.top(largest, nothing);
+    return largest;
+  }
+
+  // Counts columns by the window. Returns what lies above its exact part, columns or mass, and the mass of all.
   template <bool Mass>
-  __device__ __forceinline__ float sweep_window(const Window& window) {
-    const float low = value_at<T>(window.low), k = scale_, constant = window.reference * k;
-    const float end = window.end() < kBeyondImages ? value_at<T>(window.end()) : __builtin_nanf("");
-    const uint32_t bins = shared_address(memory_->select.bins);
+  __device__ __forceinline__ float count_window(const Window<T>& window) {
+    const float low = value_at<T>(window.low), middle = window.middle(), coarse = window.coarse, k = scale_;
+    const float constant = window.reference * k, inv_width = window.inv_width;
+    const uint32_t bins = shared_address(memory_->select.bins), first = window.low;
     float above = 0, all = 0;
     sweep_teacher([&]<bool Special>(uint4 t, int column) {
       float y[G];
       widen(t, y, T{});
-      bool outside[G] = {};
-      if constexpr (Special)
+      bool inside[G], any = false;
 #pragma unroll
-        for (int i = 0; i < G; i++) outside[i] = column + i < low_ || column + i >= limit_;
+      for (int i = 0; i < G; i++) inside[i] = !Special || (column + i >= low_ && column + i < limit_);
       float e[G];  // a column's mass, or 1
-      bool any = false;
 #pragma unroll
       for (int i = 0; i < G; i++) {
-        e[i] = !Mass ? 1 : outside[i] ? 0 : Math::exp2(fmaf(y[i], k, -constant));
-        const bool over = !outside[i] && y[i] >= end;
+        e[i] = !Mass ? 1 : inside[i] ? Math::exp2(fmaf(y[i], k, -constant)) : 0;
+        const bool over = inside[i] && y[i] >= middle;
         if (over) above += e[i];
-        any |= y[i] >= low && !over;
+        any |= inside[i] && y[i] >= low && (!over || y[i] >= coarse);
       }
       if constexpr (Mass) all += Base::pairwise(e);
       if (any) {
 #pragma unroll
-        for (int i = 0; i < G; i++)
-          if (y[i] >= low && !(y[i] >= end) && !outside[i]) count_in(bins + ((image_of(y[i]) - window.low) >> window.shift) * 4);
+        for (int i = 0; i < G; i++) {
+          if (!inside[i] || !(y[i] >= low)) continue;
+          if (!(y[i] >= middle))
+            count_in(bins + ((image_of(y[i]) - first) >> kSpareBits<T>) * 4);
+          else if (y[i] >= coarse)
+            count_in(bins + (kExact + min(kCoarse - 1, int((y[i] - coarse) * inv_width))) * 4);
+        }
       }
     });
     float v[4] = {above, all, 0, 0};
@@ -181,38 +313,14 @@ class SplitSweep : public Base {
     }
   }
 
-  // The mask's bits of this block's columns. Two rows' take turns: nobody is at the row before the last any more when the
-  // last one's have been waited for.
-  __device__ void keep_mask(uint32_t row, int buffer) {
-    const uint8_t* mask = p_.strong.mask + row_offset(p_.strong.mask_rows, row);
-    const int begin = rank_ * problem_.share, low = low_;
-    uint16_t* bits = reinterpret_cast<uint16_t*>(bits_ + buffer * (problem_.share / 8));
-    const int threads = exchange_.warps * 32, vocab = int(p_.vocab_size);
-#pragma unroll 4
-    for (int at = int(threadIdx.x) * 16; at < columns_; at += threads * 16) {
-      const int from = begin + at - low;
-      uint32_t packed = 0;
-      if (from >= 0 && from + 16 <= vocab && reinterpret_cast<uintptr_t>(mask + from) % 16 == 0) {
-        const uint4 v = __ldg(reinterpret_cast<const uint4*>(mask + from));
-        packed = four_bits(v.x) | four_bits(v.y) << 4 | four_bits(v.z) << 8 | four_bits(v.w) << 12;
-      } else {
-        for (int i = 0; i < 16; i++)
-          if (from + i >= 0 && from + i < vocab && mask[from + i]) packed |= 1u << i;
-      }
-      bits[at / 16] = uint16_t(packed);
-    }
-  }
-  // Of four bytes that are 0 or 1.
-  static __device__ __forceinline__ uint32_t four_bits(uint32_t bytes) { return bytes * 0x10204080u >> 28; }
-
  protected:
-  SplitMemory* memory_;
+  SplitMemory<T>* memory_;
 
  private:
-  uint8_t* bits_;
+  const uint8_t* bits_;
   const uint8_t* row_bits_ = nullptr;
   float threshold_ = 0;
-  int strong_label_ = -1, rows_ = 0;
+  int strong_label_ = -1;
 };
 
 }  // namespace kdkernels::cuda

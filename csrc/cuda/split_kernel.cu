@@ -13,14 +13,14 @@ using DecoupledThreshold = DecoupledSweep<T, Split::threshold>;
 template <class T>
 using DecoupledGiven = DecoupledSweep<T, Split::given>;
 
-// consumers + 96 threads: the last warps copy, add up totals, and look ahead for a select's window.
+// consumers + 96 threads: the last warps copy, add up totals, and prepare the split of rows to come.
 template <class T, template <class> class Sweep>
 __global__ void __launch_bounds__(kMaxConsumers + 96, 1) split_cluster(const __grid_constant__ ClusterProblem problem) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ __align__(8) uint64_t full[kMaxSlots], empty[kMaxSlots];
   __shared__ RowHeader headers[kMaxSlots];
   __shared__ ExchangeMemory exchange_memory;
-  __shared__ SplitMemory split_memory;
+  __shared__ SplitMemory<T> split_memory;
   const int blocks = int(cluster_size()), rank = int(cluster_rank());
   const int warps = int(blockDim.x) / 32 - 3, warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   const uint32_t first_row = blockIdx.x / blocks, row_step = gridDim.x / blocks;
@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kMaxConsumers + 96, 1) split_cluster(const __g
     typename Sweep<T>::Totals(problem, ring, &exchange_memory, blocks, rank, warps, lane, &split_memory,
                               reinterpret_cast<uint32_t*>(shared))
         .serve();
-  } else if (Sweep<T>::kSelects) {
-    Scout<T>(problem, &split_memory.select, lane).serve(first_row, row_step);
+  } else {
+    Prepare<T, Sweep<T>::Kind>(problem, &split_memory, shared, rank, lane).serve(first_row, row_step);
   }
   cluster_sync();  // no block leaves while another may still store into it
 }

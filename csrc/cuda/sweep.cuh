@@ -496,7 +496,8 @@ class RowSweep {
   }
 
   // gap + gap_rest unchanged, with gap their rounded sum.
-  static __device__ void normalise_gap(RowConstants<Math>& row) {
+  template <class Constants>
+  static __device__ void normalise_gap(Constants& row) {
     const float sum = row.gap + row.gap_rest, part = sum - row.gap;
     row.gap_rest = (row.gap - (sum - part)) + (row.gap_rest - part);
     row.gap = sum;
