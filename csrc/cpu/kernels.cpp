@@ -8,7 +8,7 @@ namespace {
 
 template <class Math, template <class> class D>
 void sweep_rows(const RowProblem& problem, int64_t begin, int64_t end) {
-  RowSweep<Math, D> sweep(problem);
+  PointwiseSweep<Math, D> sweep(problem);
   for (int64_t row = begin; row < end; row++) sweep.run(row);
   Math::fence();
 }
