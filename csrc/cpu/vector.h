@@ -93,9 +93,10 @@ struct SimdMath {
   // 2^x for x <= 0; 0 below the smallest normal number. NaN stays NaN.
   static KD_INLINE V exp2_nonpositive(V x) {
 #if defined(__AVX512F__)
-    const V clamped = max(set(-200), x);  // 2^-200 rounds to 0
+    const V clamped = max(set(-126), x);  // a result that underflows would cost some 100 cycles
     const V n = round(clamped);
-    return V(_mm512_scalef_ps(__m512(exp2_fraction(clamped - n)), __m512(n)));
+    const __mmask16 zero = _mm512_cmp_ps_mask(__m512(x), __m512(set(-126)), _CMP_LT_OQ);
+    return V(_mm512_maskz_scalef_ps(__mmask16(~zero), __m512(exp2_fraction(clamped - n)), __m512(n)));
 #else
     const V clamped = max(set(-126), x);
     const V n = round(clamped);
