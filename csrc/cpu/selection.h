@@ -41,7 +41,7 @@ class Selection {
  private:
   static constexpr Real kInfinity = __builtin_inf();
   static constexpr int kGroup = 128;           // columns to a maximum
-  static constexpr size_t kCandidates = 4096;  // few enough to sort
+  static constexpr size_t kCandidates = 1024;  // few enough to sort
   static constexpr int kRounds = 4;            // each leaves about an eighth, whatever the distribution
   static constexpr int kThresholds = 8;        // as many sums as registers hold in a round
 
@@ -91,7 +91,7 @@ class Selection {
     return at.low;  // only -inf is left, or the sums' rounding
   }
 
-  // The finite logits within the bounds, those of a group at a time; false where they are more than `most`.
+  // The finite logits within the bounds; false where they are more than `most`.
   template <class Read>
   bool collect(Read read, const Bounds& at, size_t most) {
     candidates_.clear();
@@ -101,13 +101,23 @@ class Selection {
       for (int group = 0; group < n; group += kGroup) {
         if (!(maxima_[size_t(b * (kBlock / kGroup) + group / kGroup)] >= at.low)) continue;
         if (!logits) logits = read(b);
-        const int end = group + kGroup < n ? group + kGroup : n;
-        for (int i = group; i < end; i++)
-          if (within(at, logits[i])) candidates_.push_back(logits[i]);
+        collect_group(logits, group, group + kGroup < n ? group + kGroup : n, at);
         if (candidates_.size() > most) return false;
       }
     }
     return true;
+  }
+  void collect_group(const Real* logits, int begin, int end, const Bounds& at) {
+    const V low = Math::set(at.low), high = Math::set(at.high), outside = Math::set(-kInfinity);
+    for (int i = begin; i < end; i += Math::lanes) {
+      const V x = Math::load(logits + i), below = Math::select(Math::greater(high, x), x, outside);
+      const V inside = Math::select(Math::greater(low, below), outside, below);
+      if (!Math::any(Math::greater(inside, outside))) continue;
+      Real lanes[Math::lanes];
+      Math::store(lanes, inside);
+      for (Real lane : lanes)
+        if (lane > -kInfinity) candidates_.push_back(lane);
+    }
   }
   static bool within(const Bounds& at, Real x) { return x >= at.low && x < at.high && x > -kInfinity; }
 
@@ -131,14 +141,14 @@ class Selection {
     }
   }
 
-  // Every 8th logit of four blocks, those within the bounds in descending order.
+  // Every 16th logit of four blocks, those within the bounds in descending order.
   template <class Read>
   void sample(Read read, const Bounds& at) {
     candidates_.clear();
     for (int64_t part = 0; part < 4; part++) {
       const int64_t b = blocks() * part / 4;
       const Real* logits = read(b);
-      for (int i = 0; i < columns(b); i += 8)
+      for (int i = 0; i < columns(b); i += 16)
         if (within(at, logits[i])) candidates_.push_back(logits[i]);
     }
     std::sort(candidates_.begin(), candidates_.end(), std::greater<Real>());

@@ -84,6 +84,17 @@ struct SimdMath {
   }
   static KD_INLINE V abs(V x) { return V(IntVector(x) & 0x7fffffff); }
 #endif
+  static KD_INLINE bool any(Mask m) {
+#if defined(__AVX512F__)
+    return m.bits != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps(__m256(m.bits)) != 0;
+#else
+    int32_t all = 0;
+    for (int i = 0; i < lanes; i++) all |= m.bits[i];
+    return all != 0;
+#endif
+  }
   static KD_INLINE Mask is_infinite(V x) { return equal(x, set(__builtin_inf())); }
   static KD_INLINE V min(V a, V b) { return select(greater(b, a), a, b); }
 
@@ -189,6 +200,7 @@ struct DoubleMath {
   static V select(Mask m, V a, V b) { return m ? a : b; }
   static Mask greater(V a, V b) { return a > b; }
   static Mask is_nan(V a) { return a != a; }
+  static bool any(Mask m) { return m; }
   static Mask is_infinite(V a) { return a == __builtin_inf(); }
   static V max(V a, V b) { return a > b ? a : b; }
   static V abs(V x) { return std::fabs(x); }
