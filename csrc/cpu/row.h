@@ -124,11 +124,13 @@ class Row {
     const bool same_type = p_.student.dtype == (sizeof(Real) == 4 ? DType::float32 : DType::float64);
     // Past the caches where the gradient is too large to stay in them and is not touched again here.
     const bool large = p_.rows * p_.student.width * int64_t(sizeof(Real)) >= kStreamFrom;
-    const bool may_stream = large && kd != 0 && ce == 0 && p_.gradient != p_.student.data;
+    const bool in_place = p_.gradient == p_.student.data;
+    const bool may_stream = large && kd != 0 && ce == 0 && !in_place;
+    const bool may_write = same_type && !transformed && !(in_place && apart_ce != 0);  // which reads the logits again
     for (int64_t b = 0; b < blocks(); b++) {
       const int columns = this->columns(b);
       const auto [student, teacher, n] = read(b, transformed ? derivative_block_ : nullptr);
-      const bool direct = same_type && !transformed && n == columns;
+      const bool direct = may_write && n == columns;
       Real* out = direct ? static_cast<Real*>(p_.gradient) + at + b * kBlock : gradient_block_;
       const bool aligned = reinterpret_cast<uintptr_t>(out) % (Math::lanes * sizeof(Real)) == 0;
       divergence_block(b, student, teacher, n, direct && may_stream && aligned, out);
