@@ -152,15 +152,18 @@ class DecoupledSweep : Row<Math> {
     double w[3];
     for (int i = 0; i < 3; i++) w[i] = p_.weights ? this->number(p_.weights, i) : p_.parameters[i];
     for (int set : {kStrong, kWeak})
-      if (!sets_[set].in_teacher) w[1 + set] = 0;
+      if (!has_inner(set)) w[1 + set] = 0;
     return TermWeights<double>::make(w[0], w[1], w[2], p_.parameters[3] != 0, masses);
+  }
+  // Whether the distributions within the set can differ: not those over one token, nor without a teacher's.
+  bool has_inner(int set) const {
+    const Set& s = sets_[set];
+    return s.in_teacher && !(s.in_student && s.tokens == 1);
   }
   // SCD or WCD, from the set's sum of values.
   double term(int set, double sum) const {
-    const Set& s = sets_[set];
-    if (!s.in_teacher) return 0;
-    if (!s.in_student) return INFINITY;
-    return s.tokens == 1 ? 0 : sum;
+    if (!has_inner(set)) return 0;
+    return sets_[set].in_student ? sum : INFINITY;
   }
 
   HardSoftmax hard() const {
