@@ -38,6 +38,14 @@ class Selection {
     return search(read, mass * total[0], -kInfinity, weigh);
   }
 
+  // Whether any logit of a block reaches a threshold that was found in this row.
+  bool reaches(int64_t block, Real threshold) const {
+    const size_t groups = kBlock / kGroup, begin = size_t(block) * groups;
+    for (size_t i = begin; i < begin + groups && i < maxima_.size(); i++)
+      if (maxima_[i] >= threshold) return true;
+    return false;
+  }
+
  private:
   static constexpr Real kInfinity = __builtin_inf();
   static constexpr int kGroup = 128;           // columns to a maximum

@@ -37,7 +37,7 @@ class StrongTokens {
     switch (p_.strong.id) {
       case StrongSetId::label: return of_label(block, teacher, columns);
       case StrongSetId::given: return of_mask(block, columns);
-      default: return {teacher, threshold_, count(teacher, columns)};
+      default: return {teacher, threshold_, count(block, teacher, columns)};
     }
   }
 
@@ -55,14 +55,15 @@ class StrongTokens {
     for (int i = columns; i < round_up(columns, Math::lanes); i++) score_[i] = 0;
     return {score_, Real(0.5), strong};
   }
-  int count(const Real* teacher, int columns) const {
+  int count(int64_t block, const Real* teacher, int columns) const {
+    if (threshold_ == -Real(__builtin_inf())) return columns;
+    if (!selection_.reaches(block, threshold_)) return 0;
     const int n = round_up(columns, Math::lanes);
     const V threshold = Math::set(threshold_), one = Math::set(1), zero = Math::set(0);
     V weak = zero;
     for (int i = 0; i < n; i += Math::lanes)
       weak = weak + Math::select(Math::greater(threshold, Math::load(teacher + i)), one, zero);
-    const int padding = threshold_ > -Real(__builtin_inf()) ? n - columns : 0;  // -inf, in W
-    return columns - (int(Math::sum(weak)) - padding);
+    return n - int(Math::sum(weak));  // padding is -inf, and weak
   }
 
   const RowProblem& p_;

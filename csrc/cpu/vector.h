@@ -181,6 +181,9 @@ struct SimdMath {
     return total;
   }
   static KD_INLINE float largest(V x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(__m512(x));
+#endif
     float m = x[0];
     for (int i = 1; i < lanes; i++) m = x[i] > m ? x[i] : m;
     return m;
