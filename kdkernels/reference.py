@@ -136,7 +136,7 @@ def _decoupled(terms: DecoupledTerms, which: Decoupled) -> Tensor:
     parts = ((which.bcd, terms.bcd), (which.scd, strong_mass * terms.scd), (which.wcd, weak_mass * terms.wcd))
     total = torch.zeros_like(terms.bcd)
     for weight, term in parts:
-        weight = weight.detach().to(term) if isinstance(weight, Tensor) else torch.as_tensor(weight).to(term)
+        weight = weight.detach().to(term) if isinstance(weight, Tensor) else term.new_full((), weight)
         total = total + torch.where(weight != 0, weight * term, 0)  # 0·inf is 0
     return total
 

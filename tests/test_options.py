@@ -228,6 +228,17 @@ def test_inplace_gives_the_same_gradient_in_the_logits_memory(dtype, divergence,
     assert seen == [logits.data_ptr()]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_inplace_reads_the_logits_before_it_overwrites_them(dtype):
+    # Whole blocks of plain logits, whose cross-entropy has a softmax of its own.
+    student, teacher = logits_pair(2, 4096, dtype=dtype)
+    labels = torch.tensor([5, 4000])
+    one, two = student.clone().requires_grad_(), student.clone().requires_grad_()
+    kd.distillation_loss(one, teacher, labels, ce_weight=0.5, temperature=2.0).backward()
+    kd.distillation_loss(two * 1, teacher, labels, ce_weight=0.5, temperature=2.0, inplace=True).backward()
+    assert torch.equal(one.grad, two.grad)
+
+
 def test_inplace_without_gradient_leaves_the_logits_alone():
     student, teacher = logits_pair(4, 100)
     before = student.clone()

@@ -1,22 +1,26 @@
 // The sweeps for one instruction set: compiled once for each, with KD_KERNELS naming the function it defines.
 #include "kernels.h"
 
+#include "adaptive.h"
+#include "decoupled.h"
 #include "sweep.h"
 
 namespace kdkernels {
 namespace {
 
-template <class Math, template <class> class D>
+template <class Sweep>
 void sweep_rows(const RowProblem& problem, int64_t begin, int64_t end) {
-  RowSweep<Math, D> sweep(problem);
+  Sweep sweep(problem);
   for (int64_t row = begin; row < end; row++) sweep.run(row);
-  Math::fence();
 }
 
 template <class Math, template <class> class... Ds>
 void dispatch(DivergenceList<Ds...>, const RowProblem& problem, int64_t begin, int64_t end) {
-  static constexpr SweepFunction by_id[] = {sweep_rows<Math, Ds>...};
-  if (problem.divergence < int(sizeof...(Ds))) by_id[problem.divergence](problem, begin, end);
+  static constexpr SweepFunction by_id[] = {sweep_rows<PointwiseSweep<Math, Ds>>..., sweep_rows<DecoupledSweep<Math>>,
+                                            sweep_rows<AdaptiveSweep<Math>>};
+  static_assert(sizeof...(Ds) == size_t(DivergenceId::decoupled));
+  by_id[problem.divergence](problem, begin, end);
+  Math::fence();
 }
 
 void sweep(const RowProblem& problem, int64_t begin, int64_t end) {

@@ -84,6 +84,17 @@ struct SimdMath {
   }
   static KD_INLINE V abs(V x) { return V(IntVector(x) & 0x7fffffff); }
 #endif
+  static KD_INLINE bool any(Mask m) {
+#if defined(__AVX512F__)
+    return m.bits != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps(__m256(m.bits)) != 0;
+#else
+    int32_t all = 0;
+    for (int i = 0; i < lanes; i++) all |= m.bits[i];
+    return all != 0;
+#endif
+  }
   static KD_INLINE Mask is_infinite(V x) { return equal(x, set(__builtin_inf())); }
   static KD_INLINE V min(V a, V b) { return select(greater(b, a), a, b); }
 
@@ -93,9 +104,10 @@ struct SimdMath {
   // 2^x for x <= 0; 0 below the smallest normal number. NaN stays NaN.
   static KD_INLINE V exp2_nonpositive(V x) {
 #if defined(__AVX512F__)
-    const V clamped = max(set(-200), x);  // 2^-200 rounds to 0
+    const V clamped = max(set(-126), x);  // a result that underflows would cost some 100 cycles
     const V n = round(clamped);
-    return V(_mm512_scalef_ps(__m512(exp2_fraction(clamped - n)), __m512(n)));
+    const __mmask16 zero = _mm512_cmp_ps_mask(__m512(x), __m512(set(-126)), _CMP_LT_OQ);
+    return V(_mm512_maskz_scalef_ps(__mmask16(~zero), __m512(exp2_fraction(clamped - n)), __m512(n)));
 #else
     const V clamped = max(set(-126), x);
     const V n = round(clamped);
@@ -169,6 +181,9 @@ struct SimdMath {
     return total;
   }
   static KD_INLINE float largest(V x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(__m512(x));
+#endif
     float m = x[0];
     for (int i = 1; i < lanes; i++) m = x[i] > m ? x[i] : m;
     return m;
@@ -188,6 +203,7 @@ struct DoubleMath {
   static V select(Mask m, V a, V b) { return m ? a : b; }
   static Mask greater(V a, V b) { return a > b; }
   static Mask is_nan(V a) { return a != a; }
+  static bool any(Mask m) { return m; }
   static Mask is_infinite(V a) { return a == __builtin_inf(); }
   static V max(V a, V b) { return a > b ? a : b; }
   static V abs(V x) { return std::fabs(x); }
