@@ -98,13 +98,23 @@ def _folder(options: argparse.Namespace) -> Path | None:
     return folder
 
 
-def _merged(options: argparse.Namespace, result: report.Result, file: Path, order: list[cases.Case]) -> report.Result:
-    if not options.merge:
-        return result
+def _to_merge_into(options: argparse.Namespace, file: Path | None) -> report.Result | None:
+    """The result that is there, read before anything is measured."""
+    if not options.merge or file is None:
+        return None
     try:
-        return report.merge(report.load(file), result, [case.title for case in order])
+        return report.load(file)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"not merged into {file}: {error}") from error
+        raise SystemExit(f"--merge: cannot read {file}: {error}") from error
+
+
+def _merged(old: report.Result | None, new: report.Result, order: list[cases.Case]) -> report.Result:
+    if old is None:
+        return new
+    try:
+        return report.merge(old, new, [case.title for case in order])
+    except ValueError as error:
+        raise SystemExit(f"--merge: {error}") from error
 
 
 def run_cpu(options: argparse.Namespace) -> None:
@@ -112,12 +122,12 @@ def run_cpu(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     order = cases.cpu(options.rows, options.width[0])
     wanted = _wanted(options, order)
+    folder, name = _folder(options), f"rows-{torch.device(options.device).type}"
+    old = _to_merge_into(options, folder and folder / f"{name}.json")
     result = rows.run(wanted, options.device, options.rounds)
-    print(f"\n{report.markdown(result)}\n{report_decoupled.cpu(result)}")
-    folder = _folder(options)
+    print(f"\n{report.markdown(result)}\n\n{report_decoupled.cpu(result)}")
     if folder is not None:
-        name = f"rows-{torch.device(options.device).type}"
-        write_cpu(_merged(options, result, folder / f"{name}.json", order), folder, name)
+        write_cpu(_merged(old, result, order), folder, name)
 
 
 def write_cpu(result: report.Result, folder: Path, name: str) -> None:
@@ -159,6 +169,7 @@ def run_cuda(options: argparse.Namespace) -> None:
         print(f"\n{report_cuda.compact(result)}\n{result['seconds']:.0f} s")
         return
     folder = _folder(options)
+    old = _to_merge_into(options, folder and folder / "rows-cuda.json")
     unfinished = None if folder is None else folder / "rows-cuda.unfinished.json"
 
     def keep(result: dict[str, Any]) -> None:
@@ -169,7 +180,7 @@ def run_cuda(options: argparse.Namespace) -> None:
     tables = _paragraphs(report_cuda.markdown(result), report_decoupled.cuda(result, tuple(cases.ROWS)))
     print(f"\n{tables}\n\n{result['seconds']:.0f} s")
     if folder is not None and unfinished is not None:
-        write_cuda(_merged(options, result, folder / "rows-cuda.json", order), folder)
+        write_cuda(_merged(old, result, order), folder)
         unfinished.unlink()
 
 

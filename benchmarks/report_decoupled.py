@@ -37,8 +37,8 @@ def summary(result: Result) -> str:
     columns = [(name, peaked) for name in IMPLEMENTATIONS[:3] for peaked in found]
     heads = [f"{name}, peaked" if peaked else name for name, peaked in columns]
     lines = [
-        "Decoupled losses on bf16 logits of that width, independent normal ones and peaked ones: milliseconds, and time "
-        "over that of the same implementation's forward_kl (more in [docs/decoupled.md](docs/decoupled.md)).",
+        "Decoupled losses on bf16 logits of that width, independent normal ones and peaked ones: milliseconds, and "
+        "time over that of the same implementation's forward_kl (more in [docs/decoupled.md](docs/decoupled.md)).",
         "",
         f"| | {' | '.join(heads)} |",
         "|---|" + "---:|" * len(columns),
