@@ -53,7 +53,7 @@ class Terms:
             ("WCD: inside the weak set", self.wcd, "#009e73"),
         ):
             draw(terms, values, label, color)
-        terms.set_yscale("log")
+        terms.set_ylim(bottom=0)
         terms.set_title("The terms, before weights (nats)", fontsize=10)
         draw(masses, self.strong_mass_teacher, "teacher", "#000000")
         draw(masses, self.strong_mass_student, "student", "#cc79a7")
