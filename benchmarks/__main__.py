@@ -72,7 +72,7 @@ def document_blocks() -> dict[Path, dict[str, str]]:
         cpu = results["rows-cpu"]
         page["decoupled-cpu"] = report_decoupled.cpu(cpu)
         picture = "![rows on a CPU](benchmarks/results/rows-cpu.png)"
-        readme["rows-cpu"] = _paragraphs(report.summary(cpu), report_decoupled.cpu(cpu), picture)
+        readme["rows-cpu"] = _paragraphs(report.summary(cpu), report_decoupled.cpu(cpu, brief=True), picture)
     if "rows-cuda" in results:
         gpu = results["rows-cuda"]
         page["decoupled-cuda"] = report_decoupled.cuda(gpu, tuple(cases.ROWS))

@@ -109,8 +109,8 @@ def _peaks(entry: Entry) -> str:
     return f"{mebibytes(ours)}, {mebibytes(lines.get('eager', {}))}"
 
 
-def cpu(result: Result) -> str:
-    """A line per decoupled case; "" where the result has none."""
+def cpu(result: Result, brief: bool = False) -> str:
+    """A line per decoupled case; "" where the result has none. ``brief``: what it was measured on stands elsewhere."""
     entries = [entry for entry in result["results"] if entry["case"]["divergence"] in FAMILY]
     if not entries:
         return ""
@@ -130,7 +130,8 @@ def cpu(result: Result) -> str:
         cells = " | ".join(map(cell, rows.values()))
         faster = f"{rows['eager']['milliseconds'] / ours:.1f}"
         lines.append(f"| {entry['case']['divergence']} | {cells} | {faster} | {ratio} |")
-    return "\n".join([*lines, "", provenance(result, entries)])
+    shown = [entry for entry in entries if "run" in entry or not brief]
+    return "\n".join([*lines, "", provenance(result, shown)] if shown else lines)
 
 
 def _cpu_baseline(result: Result, entry: Entry) -> Entry | None:

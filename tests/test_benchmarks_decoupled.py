@@ -235,6 +235,8 @@ def test_cpu_results_merge_too(tmp_path, capsys):
             assert line["gradient_error"] < 1e-5, (entry["title"], line)
     table = report_decoupled.cpu(result)
     assert len(re.findall(r"\| decoupled .* \| \d+\.\d\d× \|", table)) == len(cases.DECOUPLED_ON_CPU)
+    assert table.startswith(report_decoupled.cpu(result, brief=True))
+    assert "Measured on" not in report_decoupled.cpu(result, brief=True)
     older = report.load(benchmarks_main.RESULTS / "rows-cpu.json")
     older["environment"]["device"] = result["environment"]["device"]
     merged = report.merge(older, result, [case.title for case in cases.cpu(4, 500)])
