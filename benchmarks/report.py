@@ -66,9 +66,9 @@ def merge(old: Result, new: Result, order: Sequence[str]) -> Result:
     kept = [entry for entry in old["results"] if title(entry) not in names]
     if not kept:
         return new
-    run: dict[str, Any] = {
-        "environment": {key: value for key, value in new["environment"].items() if old["environment"].get(key) != value}
-    }
+    before, now = old["environment"], new["environment"]
+    differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    run: dict[str, Any] = {"environment": {key: now.get(key, "none") for key in differing}}
     run |= {key: new[key] for key in ("copy", "effort", "rounds") if key in new and new[key] != old.get(key)}
     places = {name: place for place, name in enumerate(order)}
     entries = [*kept, *({**entry, "run": run} for entry in new["results"])]
