@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -280,7 +281,8 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     results.save_json(arguments.output / "results.json")
     results.save_plot(arguments.output / "distillation.png")
-    results.terms.save_plot(arguments.output / "decoupled.png", results.environment)
+    made_by = f"{' '.join(['python examples/distill.py', *sys.argv[1:]])}: {results.environment}"
+    results.terms.save_plot(arguments.output / "decoupled.png", made_by)
     print(f"Plots and numbers: {arguments.output}/")
 
 

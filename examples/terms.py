@@ -42,7 +42,7 @@ class Terms:
             f"strong set: teacher {mean(self.strong_mass_teacher):.3f}, student {mean(self.strong_mass_student):.3f}"
         )
 
-    def save_plot(self, path: Path, environment: str) -> None:
+    def save_plot(self, path: Path, made_by: str) -> None:
         """The three terms, and the masses of the strong set. The figure says what it was made from."""
         figure = Figure(figsize=(10, 4), layout="constrained", dpi=130)
         figure.suptitle(f"{self.divergence}: a student's training, means over each step's tokens", fontsize=11)
@@ -64,7 +64,7 @@ class Terms:
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
             axes.legend(frameon=False, fontsize=9)
-        figure.supxlabel(f"python examples/distill.py, {len(self.bcd)} steps; {environment}", fontsize=8)
+        figure.supxlabel(f"{made_by}, {len(self.bcd)} steps", fontsize=8)
         figure.savefig(path)
 
 
