@@ -1,7 +1,9 @@
 """python -m benchmarks rows: ours, the peers and the ceiling in one run; a table, a JSON file and a plot.
 
 With --device cuda: every case of benchmarks/cases.py, or --quick: our two backends alone, for tuning.
-python -m benchmarks readme: the README's tables from those files.
+--family decoupled: those losses and the forward KL they are compared with, alone. --merge: what was measured goes into
+the result files that are there.
+python -m benchmarks readme: the tables of README.md and docs/decoupled.md from those files.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import cases, report, report_cuda, rows, rows_cuda
+from benchmarks import cases, report, report_cuda, report_decoupled, rows, rows_cuda
 from benchmarks.environment import ROOT
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,51 +31,120 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     bench.add_argument(
         "--output", type=Path, default=None, help=f"folder of the result files (default: {RESULTS.name}/)"
     )
+    bench.add_argument(
+        "--family",
+        choices=cases.FAMILIES,
+        help="these losses and forward KL alone; no files without --output or --merge",
+    )
+    bench.add_argument(
+        "--merge", action="store_true", help="replace the cases measured in the result files, and keep the others"
+    )
     cpu = bench.add_argument_group("on a CPU")
     cpu.add_argument("--rows", type=int, default=256)
     cpu.add_argument("--rounds", type=int, default=5, help="timed calls a turn, of three turns (median)")
     cpu.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     gpu = bench.add_argument_group("on a GPU")
     gpu.add_argument("--quick", action="store_true", help="our two backends, few calls, a compact table, no files")
-    gpu.add_argument("--only", metavar="PATTERN", help="cases whose title contains this; no files without --output")
+    gpu.add_argument(
+        "--only", metavar="PATTERN", help="cases whose title contains this; no files without --output, --merge"
+    )
     gpu.add_argument(
         "--without", metavar="NAME", nargs="+", default=[], help="leave out implementations whose name contains this"
     )
     gpu.add_argument("--commit", help="the commit to record, where the sources are no git checkout")
-    commands.add_parser("readme", help="write the tables of README.md from the result files")
+    commands.add_parser("readme", help="write the tables of README.md and docs from the result files")
     options = parser.parse_args(arguments)
     if options.command == "rows" and len(options.width) > 1 and not options.quick:
         bench.error("several widths go with --device cuda --quick alone")
+    if options.command == "rows" and options.merge and options.quick:
+        bench.error("--quick writes no files to merge into")
     return options
 
 
-def readme_blocks() -> dict[str, str]:
-    """What stands between each pair of markers in README.md: the tables of the result files that there are."""
-    blocks = {}
-    tables = {"rows-cpu": ("a CPU", report.summary), "rows-cuda": ("a GPU", report_cuda.summary)}
-    for name, (where, table) in tables.items():
-        file = RESULTS / f"{name}.json"
-        picture = f"![rows on {where}](benchmarks/results/{name}.png)"
-        blocks[name] = f"{table(report.load(file))}\n\n{picture}" if file.exists() else ""
-    return blocks
+def document_blocks() -> dict[Path, dict[str, str]]:
+    """What stands between each pair of markers in the documents: the tables of the result files that there are."""
+    results = {
+        name: report.load(file) for name in ("rows-cpu", "rows-cuda") if (file := RESULTS / f"{name}.json").exists()
+    }
+    readme = dict.fromkeys(("rows-cuda", "rows-cpu"), "")
+    page = dict.fromkeys(("decoupled-cuda", "decoupled-cpu"), "")
+    if "rows-cpu" in results:
+        cpu = results["rows-cpu"]
+        page["decoupled-cpu"] = report_decoupled.cpu(cpu)
+        picture = "![rows on a CPU](benchmarks/results/rows-cpu.png)"
+        readme["rows-cpu"] = _paragraphs(report.summary(cpu), report_decoupled.cpu(cpu, brief=True), picture)
+    if "rows-cuda" in results:
+        gpu = results["rows-cuda"]
+        page["decoupled-cuda"] = report_decoupled.cuda(gpu, tuple(cases.ROWS))
+        picture = "![rows on a GPU](benchmarks/results/rows-cuda.png)"
+        readme["rows-cuda"] = _paragraphs(report_cuda.summary(gpu), report_decoupled.summary(gpu), picture)
+    return {ROOT / "README.md": readme, ROOT / "docs/decoupled.md": page}
 
 
-def write_readme() -> None:
-    for name, text in readme_blocks().items():
-        report.write_between_markers(ROOT / "README.md", name, text)
+def _paragraphs(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part)
+
+
+def write_documents() -> None:
+    for document, blocks in document_blocks().items():
+        for name, text in blocks.items():
+            report.write_between_markers(document, name, text)
+
+
+def _folder(options: argparse.Namespace) -> Path | None:
+    """Where the result files go; None: nowhere, since a part of the cases is no result."""
+    part = (options.only or options.family) and not options.merge
+    folder: Path | None = options.output or (None if part else RESULTS)
+    return folder
+
+
+def _to_merge_into(options: argparse.Namespace, file: Path | None) -> report.Result | None:
+    """The result that is there, read before anything is measured."""
+    if not options.merge or file is None:
+        return None
+    try:
+        return report.load(file)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--merge: cannot read {file}: {error}") from error
+
+
+def _merged(old: report.Result | None, new: report.Result, order: list[cases.Case]) -> report.Result:
+    if old is None:
+        return new
+    try:
+        return report.merge(old, new, [case.title for case in order])
+    except ValueError as error:
+        raise SystemExit(f"--merge: {error}") from error
 
 
 def run_cpu(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
-    result = rows.run(options.device, options.rows, options.width[0], options.rounds)
-    folder = options.output or RESULTS
-    name = f"rows-{torch.device(options.device).type}"
+    order = cases.cpu(options.rows, options.width[0])
+    wanted = _wanted(options, order)
+    folder, name = _folder(options), f"rows-{torch.device(options.device).type}"
+    old = _to_merge_into(options, folder and folder / f"{name}.json")
+    result = rows.run(wanted, options.device, options.rounds)
+    print(f"\n{report.markdown(result)}\n\n{report_decoupled.cpu(result)}")
+    if folder is not None:
+        write_cpu(_merged(old, result, order), folder, name)
+
+
+def write_cpu(result: report.Result, folder: Path, name: str) -> None:
+    """The result files of a finished CPU run."""
     report.save(result, folder / f"{name}.json")
+    (folder / f"{name}.md").write_text(report.markdown(result) + "\n")
     report.plot(result, folder / f"{name}.png")
-    table = report.markdown(result)
-    (folder / f"{name}.md").write_text(table + "\n")
-    print(f"\n{table}\n\nwritten: {folder / name}.json, .md, .png")
+    print(f"written: {folder / name}.json, .md, .png")
+
+
+def _wanted(options: argparse.Namespace, every: list[cases.Case]) -> list[cases.Case]:
+    wanted = cases.family(options.family, every) if options.family else every
+    if options.only:
+        wanted = [case for case in wanted if options.only.lower() in case.title.lower()]
+    if not wanted:
+        raise SystemExit(f"no case's title contains {options.only!r}")
+    return wanted
 
 
 def write_cuda(result: dict[str, Any], folder: Path) -> None:
@@ -90,17 +161,15 @@ def write_cuda(result: dict[str, Any], folder: Path) -> None:
 def run_cuda(options: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch.cuda.is_available() is False")
-    wanted = cases.quick(options.width) if options.quick else cases.full()
-    if options.only:
-        wanted = [case for case in wanted if options.only.lower() in case.title.lower()]
-    if not wanted:
-        raise SystemExit(f"no case's title contains {options.only!r}")
+    order = cases.quick(options.width) if options.quick else cases.full()
+    wanted = _wanted(options, order)
     without = tuple(options.without)
     if options.quick:
         result = rows_cuda.run(wanted, options.device, rows_cuda.QUICK, without=without, commit=options.commit)
         print(f"\n{report_cuda.compact(result)}\n{result['seconds']:.0f} s")
         return
-    folder = options.output or (None if options.only else RESULTS)
+    folder = _folder(options)
+    old = _to_merge_into(options, folder and folder / "rows-cuda.json")
     unfinished = None if folder is None else folder / "rows-cuda.unfinished.json"
 
     def keep(result: dict[str, Any]) -> None:
@@ -108,16 +177,17 @@ def run_cuda(options: argparse.Namespace) -> None:
             report.save(result, unfinished)
 
     result = rows_cuda.run(wanted, options.device, without=without, commit=options.commit, keep=keep)
-    print(f"\n{report_cuda.markdown(result)}\n\n{result['seconds']:.0f} s")
+    tables = _paragraphs(report_cuda.markdown(result), report_decoupled.cuda(result, tuple(cases.ROWS)))
+    print(f"\n{tables}\n\n{result['seconds']:.0f} s")
     if folder is not None and unfinished is not None:
-        write_cuda(result, folder)
+        write_cuda(_merged(old, result, order), folder)
         unfinished.unlink()
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.command == "readme":
-        write_readme()
+        write_documents()
     elif torch.device(options.device).type == "cuda":
         run_cuda(options)
     else:

@@ -20,13 +20,13 @@ import torch.nn.functional as F
 
 import kdkernels as kd
 from benchmarks.cases import Case, Field
-from benchmarks.peers import EAGER, Loss, total_variation
+from benchmarks.inputs import Data
+from benchmarks.losses import FAMILY
+from benchmarks.peers import EAGER, Loss, eager
 
-FIELDS: tuple[Field, ...] = ("ours", "compiled", "kernels", "all")
+FIELDS: tuple[Field, ...] = ("ours", "eager", "compiled", "kernels", "all")
 CUDA, TRITON, IN_PLACE = "kdkernels, CUDA", "kdkernels, Triton", "kdkernels, in place"
 OURS = (CUDA, TRITON)
-
-REFERENCES: dict[str, Loss] = {**EAGER, "total_variation": total_variation}
 
 
 @dataclass(frozen=True)
@@ -35,25 +35,17 @@ class Contender:
 
     Attributes:
         timed: what a timed call does, for the result file.
-        make: builds the loss, or raises what keeps it from running; None for ours.
+        make: builds the loss for a case's inputs, or raises what keeps it from running; None for ours.
         backend: the backend of ours asked for by name; None: the automatic choice.
     """
 
     name: str
     timed: str
-    make: Callable[[], Loss] | None = None
+    make: Callable[[Data], Loss] | None = None
     backend: Literal["native", "triton"] | None = None
 
     def context(self) -> AbstractContextManager[None]:
         return nullcontext() if self.backend is None else kd.backends.use(self.backend)
-
-
-def _eager(divergence: str) -> Loss:
-    return REFERENCES[divergence]
-
-
-def _compiled(divergence: str) -> Loss:
-    return torch.compile(REFERENCES[divergence], dynamic=False)
 
 
 def _liger(divergence: str, dtype: torch.dtype) -> Loss:
@@ -133,16 +125,25 @@ def _candidates(divergence: str) -> list[tuple[Field, Contender]]:
         ("ours", Contender(TRITON, f"{ours}; backend 'triton'", backend="triton")),
         ("kernels", Contender(IN_PLACE, f"{ours}; inplace=True, the automatic choice of backend")),
     ]
-    if divergence in REFERENCES:
-        eager = "log-softmaxes of both models' logits in fp32 (softmaxes for total variation), the divergence in"
+    if divergence in EAGER or divergence in FAMILY:
+        note = "log-softmaxes of both models' logits in fp32 (softmaxes for total variation), the divergence in"
+        if divergence in FAMILY:
+            note = (
+                "(log-)softmaxes in fp32, the strong set as a mask (by topk, or by sort and cumsum), the divergence in"
+            )
         found += [
-            ("compiled", Contender("eager", f"{eager} plain PyTorch, and its backward", lambda: _eager(divergence))),
+            (
+                "eager",
+                Contender(
+                    "eager", f"{note} plain PyTorch, and its backward", lambda data: eager(data.divergence, data.labels)
+                ),
+            ),
             (
                 "compiled",
                 Contender(
                     "torch.compile",
                     "torch.compile(dynamic=False) of what 'eager' runs; its compilation is not timed",
-                    lambda: _compiled(divergence),
+                    lambda data: eager(data.divergence, data.labels, compiled=True),
                 ),
             ),
         ]
@@ -153,17 +154,17 @@ def _candidates(divergence: str) -> list[tuple[Field, Contender]]:
                 Contender(
                     f"Liger, {name}",
                     f"F.{softmaxes} of both models' logits to {name}, {liger} on them, and the backward of both",
-                    lambda dtype=dtype: _liger(divergence, dtype),  # type: ignore[misc]
+                    lambda data, dtype=dtype: _liger(divergence, dtype),  # type: ignore[misc]
                 ),
             )
             for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
         ]
     if divergence in SPECULATORS_RUNS:
         note = "speculators.losses.fused on the logits, the mean of its rows, and the backward; its tuning is not timed"
-        found.append(("all", Contender("speculators", note, lambda: _speculators(divergence))))
+        found.append(("all", Contender("speculators", note, lambda data: _speculators(divergence))))
     if divergence in TRL_RUNS:
         note = "GKDTrainer.generalized_jsd_loss on the logits, in their dtype as TRL does, and its backward"
-        found.append(("all", Contender("TRL", note, lambda: _trl(divergence))))
+        found.append(("all", Contender("TRL", note, lambda data: _trl(divergence))))
     return found
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.losses import FAMILY
+
 Result = dict[str, Any]
+Entry = dict[str, Any]  # one case of a result
 
 
 def save(result: Result, path: Path) -> None:
@@ -18,12 +22,58 @@ def load(path: Path) -> Result:
     return dict(json.loads(path.read_text()))
 
 
-def title(case: dict[str, Any]) -> str:
-    return f"{case['divergence']}, {case['dtype']}, {case['rows']} × {case['width']}"
+def title(entry: Entry) -> str:
+    case = entry["case"]
+    return str(entry.get("title") or f"{case['divergence']}, {case['dtype']}, {case['rows']} × {case['width']}")
 
 
 def measured_on(environment: dict[str, str]) -> str:
     return ", ".join(f"{key} {value}" if key != "device" else value for key, value in environment.items())
+
+
+def provenance(result: Result, entries: Sequence[Entry]) -> str:
+    """What these entries were measured on, and what differs for those of a later run that was merged."""
+    parts = [f"Measured on: {measured_on(result['environment'])}."]
+    later: dict[str, list[str]] = {}
+    for entry in entries:
+        if "run" in entry:
+            later.setdefault(_differences(entry["run"]), []).append(title(entry))
+    parts += [f"In a later run, {what}: {'; '.join(titles)}." for what, titles in later.items()]
+    return " ".join(parts)
+
+
+def _differences(run: dict[str, Any]) -> str:
+    parts = [measured_on(run["environment"])] if run["environment"] else []
+    if "copy" in run:
+        parts.append(f"copy {max(run['copy']['bytes_per_second'], default=float('nan')) / 1e9:.0f} GB/s")
+    if "rounds" in run:
+        parts.append(f"rounds {run['rounds']}")
+    return ", ".join(parts) or "of the same day and commit"
+
+
+def merge(old: Result, new: Result, order: Sequence[str]) -> Result:
+    """``old`` with the entries of ``new`` in the place of those of the same title; all in the order of these titles.
+
+    An entry of ``new`` says under "run" what of its run differs from ``old``'s: environment, copy, number of calls.
+
+    Raises:
+        ValueError: they were measured on different devices.
+    """
+    if old["environment"]["device"] != new["environment"]["device"]:
+        devices = f"{new['environment']['device']} into one of {old['environment']['device']}"
+        raise ValueError(f"a result of {devices} cannot be merged")
+    names = {title(entry) for entry in new["results"]}
+    kept = [entry for entry in old["results"] if title(entry) not in names]
+    if not kept:
+        return new
+    before, now = old["environment"], new["environment"]
+    differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    run: dict[str, Any] = {"environment": {key: now.get(key, "none") for key in differing}}
+    run |= {key: new[key] for key in ("copy", "effort", "rounds") if key in new and new[key] != old.get(key)}
+    places = {name: place for place, name in enumerate(order)}
+    entries = [*kept, *({**entry, "run": run} for entry in new["results"])]
+    entries.sort(key=lambda entry: places.get(title(entry), len(places)))
+    return {**old, **{key: new[key] for key in ("inputs", "timing") if key in new}, "results": entries}
 
 
 def markdown(result: Result) -> str:
@@ -38,37 +88,45 @@ def markdown(result: Result) -> str:
         for number, row in enumerate(entry["rows"]):
             peak = "n/a" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}"
             lines.append(
-                f"| {title(entry['case']) if number == 0 else ''} | {row['implementation']} "
+                f"| {title(entry) if number == 0 else ''} | {row['implementation']} "
                 f"| {row['milliseconds']:.1f} | {eager['milliseconds'] / row['milliseconds']:.1f} "
                 f"| {row['fraction_of_limit']:.2f} | {peak} | {row['gradient_error']:.0e} |"
             )
     note = (
         "Limit: both models' logits read and the gradient written once, at the speed of the fastest copy in this run. "
-        f"Peak: above the inputs. Medians of 3 × {result['rounds']} calls. {measured_on(result['environment'])}."
+        f"Peak: above the inputs. Medians of 3 × {result['rounds']} calls. {provenance(result, result['results'])}"
     )
     return "\n".join([*lines, "", note])
 
 
+def plain(result: Result) -> list[Entry]:
+    """The entries of divergences that split no vocabulary."""
+    return [entry for entry in result["results"] if entry["case"]["divergence"] not in FAMILY]
+
+
 def summary(result: Result) -> str:
-    """The README's table: a line per case."""
-    names = [row["implementation"] for row in result["results"][0]["rows"]]
-    case = result["results"][0]["case"]
+    """The README's table: a line per case that splits no vocabulary."""
+    entries = plain(result)
+    names = [row["implementation"] for row in entries[0]["rows"]]
+    case = entries[0]["case"]
     lines = [
         f"Loss and gradient of {case['rows']} × {case['width']} logits: milliseconds (and peak MiB above the inputs).",
         "",
         f"| | {' | '.join(names)} | times faster than eager, torch.compile |",
         "|---|" + "---:|" * (len(names) + 1),
     ]
-    for entry in result["results"]:
+    for entry in entries:
         rows = {row["implementation"]: row for row in entry["rows"]}
-        cells = [
-            f"{row['milliseconds']:.0f}" + ("" if row["peak_mib"] is None else f" ({row['peak_mib']:.0f})")
-            for row in rows.values()
-        ]
         ours = rows["kdkernels"]["milliseconds"]
         faster = ", ".join(f"{rows[peer]['milliseconds'] / ours:.1f}" for peer in ("eager", "torch.compile"))
-        lines.append(f"| {entry['case']['divergence']}, {entry['case']['dtype']} | {' | '.join(cells)} | {faster} |")
-    return "\n".join([*lines, "", f"Measured on: {measured_on(result['environment'])}."])
+        cells = " | ".join(map(cell, rows.values()))
+        lines.append(f"| {entry['case']['divergence']}, {entry['case']['dtype']} | {cells} | {faster} |")
+    return "\n".join([*lines, "", provenance(result, entries)])
+
+
+def cell(row: dict[str, Any]) -> str:
+    """Milliseconds and peak memory of a line."""
+    return f"{row['milliseconds']:.0f}" + ("" if row["peak_mib"] is None else f" ({row['peak_mib']:.0f})")
 
 
 def write_between_markers(path: Path, name: str, text: str) -> None:
@@ -86,7 +144,7 @@ def plot(result: Result, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    entries = result["results"]
+    entries = plain(result)
     figure, axes = plt.subplots(2, (len(entries) + 1) // 2, figsize=(13, 6.2), squeeze=False)
     for axis, entry in zip(axes.flat, entries, strict=False):
         rows = entry["rows"]

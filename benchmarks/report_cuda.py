@@ -7,37 +7,44 @@ from typing import Any
 
 from benchmarks.cases import CONTESTED, DIVERGENCES, HEADLINE
 from benchmarks.contenders import CUDA, OURS, TRITON
-from benchmarks.report import Result, measured_on
+from benchmarks.report import Entry, Result, provenance
 
 Line = dict[str, Any]
 
 COLOURS = ("#1f4e8c", "#3b8fd6", "#2a9d8f", "#e9a227", "#c0392b", "#8e5ea2", "#d46a9c", "#6b7280")
 
 
-def _plain(entry: dict[str, Any]) -> bool:
-    """Whether a case is a step on independent bf16 logits."""
+def _plain(entry: Entry, peaked: bool = False) -> bool:
+    """Whether a case is a step on bf16 logits that are independent, or peaked."""
     case = entry["case"]
-    return case["kind"] == "step" and case["dtype"] == "bfloat16" and not case["close"]
+    kind = case["kind"], case["dtype"], case["close"], case.get("peaked", False)
+    return kind == ("step", "bfloat16", False, peaked)
 
 
-def _measured(entry: dict[str, Any]) -> dict[str, Line]:
+def measured(entry: Entry) -> dict[str, Line]:
+    """The lines that have a time, by implementation."""
     return {line["implementation"]: line for line in entry["rows"] if "milliseconds" in line and "error" not in line}
 
 
-def _cases(result: Result, width: int | None = None) -> dict[tuple[str, int], dict[str, Line]]:
-    """The measured lines of the plain cases, by divergence and width."""
+def steps(result: Result, peaked: bool = False) -> dict[tuple[str, int], Entry]:
+    """The plain cases, by divergence and width."""
     return {
-        (entry["case"]["divergence"], entry["case"]["width"]): _measured(entry)
+        (entry["case"]["divergence"], entry["case"]["width"]): entry
         for entry in result["results"]
-        if _plain(entry) and width in (None, entry["case"]["width"])
+        if _plain(entry, peaked)
     }
+
+
+def _cases(result: Result, width: int | None = None, peaked: bool = False) -> dict[tuple[str, int], dict[str, Line]]:
+    """The measured lines of the plain cases, by divergence and width."""
+    return {key: measured(entry) for key, entry in steps(result, peaked).items() if width in (None, key[1])}
 
 
 def percent(fraction: float | None) -> str:
     return "n/a" if fraction is None else f"{100 * fraction:.0f} %"
 
 
-def _mebibytes(line: Line) -> str:
+def mebibytes(line: Line) -> str:
     return "n/a" if line.get("peak_mib") is None else f"{line['peak_mib']:.0f}"
 
 
@@ -77,13 +84,13 @@ def markdown(result: Result) -> str:
     for entry in result["results"]:
         if entry["case"]["kind"] == "small":
             continue
-        for number, (name, line) in enumerate(_measured(entry).items()):
+        for number, (name, line) in enumerate(measured(entry).items()):
             error = _error(line.get("gradient_error"))
             if "loss_error" in line:
                 error = f"loss {_error(line['loss_error'])}"
             lines.append(
                 f"| {entry['title'] if number == 0 else ''} | {name} | {line['milliseconds']:.3f} "
-                f"| {percent(line['fraction_of_limit'])} | {_mebibytes(line)} | {error} |"
+                f"| {percent(line['fraction_of_limit'])} | {mebibytes(line)} | {error} |"
             )
     lines += ["", *_views(result), *_small(result)]
     failures = not_measured(result)
@@ -98,7 +105,7 @@ def markdown(result: Result) -> str:
             f"of this run's fastest device copy, {copy_gigabytes(result):.0f} GB/s read and written. {result['inputs']}"
             f" {result['timing']}",
             "",
-            f"Measured on: {measured_on(result['environment'])}.",
+            provenance(result, result["results"]),
         ]
     )
 
@@ -106,7 +113,7 @@ def markdown(result: Result) -> str:
 def _views(result: Result) -> list[str]:
     lines = []
     for entry in result["results"]:
-        found = _measured(entry) if entry["case"]["kind"] == "view" else {}
+        found = measured(entry) if entry["case"]["kind"] == "view" else {}
         for name in OURS:
             if name in found and f"{name}, contiguous" in found:
                 ratio = found[name]["milliseconds"] / found[f"{name}, contiguous"]["milliseconds"]
@@ -124,7 +131,7 @@ def _small(result: Result) -> list[str]:
         "|---|---|---:|---:|---:|---:|",
     ]
     for entry in entries:
-        for number, (name, line) in enumerate(_measured(entry).items()):
+        for number, (name, line) in enumerate(measured(entry).items()):
             graph = line.get("graph_ms")
             on_gpu = f"not captured: {line.get('graph_error')}" if graph is None else f"{1e3 * graph:.1f}"
             lines.append(
@@ -155,10 +162,11 @@ def summary(result: Result) -> str:
             cells.append(
                 "–"
                 if line is None
-                else f"{line['milliseconds']:.2f}, {percent(line['fraction_of_limit'])}, {_mebibytes(line)}"
+                else f"{line['milliseconds']:.2f}, {percent(line['fraction_of_limit'])}, {mebibytes(line)}"
             )
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *_fractions(result), "", f"Measured on: {measured_on(result['environment'])}."])
+    shown = [entry for (divergence, _), entry in steps(result).items() if divergence in DIVERGENCES]
+    return "\n".join([*lines, "", *_fractions(result), "", provenance(result, shown)])
 
 
 def _fractions(result: Result) -> list[str]:
@@ -184,21 +192,25 @@ def _fractions(result: Result) -> list[str]:
 
 def compact(result: Result) -> str:
     """For tuning: divergence × width and backend, milliseconds and fraction. "!": a gradient that is wrong."""
-    found = _cases(result)
+    found = {
+        (divergence + (", peaked" if peaked else ""), width): lines
+        for peaked in (False, True)
+        for (divergence, width), lines in _cases(result, peaked=peaked).items()
+    }
     columns = [(width, name) for width in dict.fromkeys(width for _, width in found) for name in OURS]
     heads = [f"{width} {'CUDA' if name == CUDA else 'Triton'}" for width, name in columns]
-    lines = [" " * 16 + "".join(f"{head:>17}" for head in heads)]
-    for divergence in dict.fromkeys(divergence for divergence, _ in found):
+    lines = [" " * 32 + "".join(f"{head:>17}" for head in heads)]
+    for title in dict.fromkeys(title for title, _ in found):
         cells = []
         for width, name in columns:
-            line = found.get((divergence, width), {}).get(name)
+            line = found.get((title, width), {}).get(name)
             if line is None:
                 cells.append("–")
                 continue
             right = line["gradient_error"] <= 4e-3  # a bf16 gradient's rounding leaves 1.7e-3; NaN is wrong
             fraction = f"{line['fraction_of_limit']:.3f}".removeprefix("0")
             cells.append(f"{line['milliseconds']:.3f}  {fraction}{' ' if right else '!'}")
-        lines.append(f"{divergence:16}" + "".join(f"{cell:>17}" for cell in cells))
+        lines.append(f"{title:32}" + "".join(f"{cell:>17}" for cell in cells))
     return "\n".join([*lines, f"copy: {copy_gigabytes(result):.0f} GB/s", *not_measured(result)])
 
 
@@ -251,17 +263,17 @@ def _plot_fractions(axis: Any, result: Result, name: str) -> None:
 
 def _plot_times(axis: Any, result: Result, divergence: str) -> None:
     entries = [e for e in result["results"] if _plain(e) and e["case"]["width"] == HEADLINE]
-    entry = next((e for e in entries if e["case"]["divergence"] == divergence and _measured(e)), None)
+    entry = next((e for e in entries if e["case"]["divergence"] == divergence and measured(e)), None)
     if entry is None:
         axis.set_axis_off()
         axis.set_title(f"{divergence}: not measured", fontsize=10)
         return
-    lines = sorted(_measured(entry).values(), key=lambda line: line["milliseconds"])
+    lines = sorted(measured(entry).values(), key=lambda line: line["milliseconds"])
     names = [line["implementation"] for line in lines]
     times = [line["milliseconds"] for line in lines]
     colours = ["#3b6fb6" if name.startswith("kdkernels") else "#b8bcc4" for name in names]
     for bar, line in zip(axis.barh(names, times, color=colours), lines, strict=True):
-        text = f" {line['milliseconds']:.2f} ms · {_mebibytes(line)} MiB"
+        text = f" {line['milliseconds']:.2f} ms · {mebibytes(line)} MiB"
         axis.text(bar.get_width(), bar.get_y() + bar.get_height() / 2, text, va="center", fontsize=8)
     axis.axvline(entry["limit_ms"], color="#c0392b", linewidth=1, linestyle="--", label="memory limit")
     axis.set_xscale("log")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,22 +10,16 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
+from benchmarks.cases import Case
 from benchmarks.environment import describe
+from benchmarks.inputs import Data, draw
+from benchmarks.losses import FAMILY
 from benchmarks.memory import peak_above_now
-from benchmarks.peers import EAGER, Loss, implementations
+from benchmarks.peers import Loss, eager
 from benchmarks.timing import medians
 
 IN_PLACE = "kdkernels, in place"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One table: a divergence on random logits of one shape and dtype (all cases of a run have one shape)."""
-
-    rows: int
-    width: int
-    dtype: str
-    divergence: str
+CHECKED_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -36,11 +30,6 @@ class Row:
     milliseconds: float
     peak_mib: float | None
     gradient_error: float
-
-
-def cases(rows: int, width: int) -> list[Case]:
-    wanted = [(dtype, name) for dtype in ("float32", "bfloat16") for name in EAGER]
-    return [Case(rows, width, dtype, name) for dtype, name in wanted]
 
 
 def copy_milliseconds(case: Case, device: str, rounds: int) -> float:
@@ -58,30 +47,40 @@ def _step(loss: Loss, student: Tensor, teacher: Tensor) -> Callable[[], None]:
     return step
 
 
-def _step_in_place(case: Case, student: Tensor, teacher: Tensor) -> Callable[[], None]:
+def _step_in_place(data: Data) -> Callable[[], None]:
     # The logits of a model are the output of an operation; here that of a view, which costs nothing.
-    leaf = student.detach().clone().requires_grad_()
+    leaf = data.student.detach().clone().requires_grad_()
 
     def step() -> None:
         leaf.grad = None
-        kd.distillation_loss(leaf.view_as(leaf), teacher, divergence=case.divergence, inplace=True).backward()
+        logits = leaf.view_as(leaf)
+        kd.distillation_loss(logits, data.teacher, data.labels, divergence=data.divergence, inplace=True).backward()
 
     return step
 
 
+def _implementations(case: Case, data: Data) -> dict[str, Loss]:
+    """Every implementation by the name it has in the tables; decoupled losses without torch.compile."""
+    losses = {"eager": eager(data.divergence, data.labels)}
+    if case.divergence not in FAMILY:
+        losses["torch.compile"] = eager(data.divergence, data.labels, compiled=True)
+    losses["kdkernels"] = lambda student, teacher: kd.distillation_loss(
+        student, teacher, data.labels, divergence=data.divergence
+    )
+    return losses
+
+
 def measure(case: Case, device: str, rounds: int) -> dict[str, Any]:
     """Every implementation of one case: time, peak memory, error of the gradient; and the time of a copy."""
-    torch.manual_seed(0)
-    dtype = getattr(torch, case.dtype)
-    student = torch.randn(case.rows, case.width, device=device).to(dtype).requires_grad_()
-    teacher = torch.randn(case.rows, case.width, device=device).to(dtype)
-    losses = implementations(case.divergence)
-    steps = {name: _step(loss, student, teacher) for name, loss in losses.items()}
-    errors = {name: gradient_error(case, loss, student, teacher) for name, loss in losses.items()}
-    steps[IN_PLACE] = _step_in_place(case, student, teacher)
+    data = draw(case, device)
+    few = data.rows(slice(0, CHECKED_ROWS))
+    student = data.student
+    losses = _implementations(case, data)
+    steps = {name: _step(loss, student, data.teacher) for name, loss in losses.items()}
+    errors = {name: gradient_error(loss, few) for name, loss in _implementations(case, few).items()}
+    steps[IN_PLACE] = _step_in_place(data)
     errors[IN_PLACE] = errors["kdkernels"]
     times = medians(steps, device, rounds)
-    student.grad = None
     lines = []
     for name, step in steps.items():
         student.grad = None
@@ -89,6 +88,7 @@ def measure(case: Case, device: str, rounds: int) -> dict[str, Any]:
         lines.append(Row(name, times[name], None if peak is None else peak / 2**20, errors[name]))
     return {
         "case": asdict(case),
+        "title": case.title,
         "copy_ms": copy_milliseconds(case, device, rounds),
         "rows": [asdict(line) for line in lines],
     }
@@ -103,22 +103,21 @@ def add_limits(results: list[dict[str, Any]]) -> None:
             row["fraction_of_limit"] = entry["limit_ms"] / row["milliseconds"]
 
 
-def gradient_error(case: Case, loss: Loss, student: Tensor, teacher: Tensor, checked_rows: int = 8) -> float:
+def gradient_error(loss: Loss, few: Data) -> float:
     """‖gradient - exact‖ / ‖exact‖ over a few rows, exact by the reference in fp64."""
-    few = student.detach()[:checked_rows].clone().requires_grad_()
-    loss(few, teacher[:checked_rows]).backward()
-    exact = few.detach().double().requires_grad_()
-    kd.reference.distillation_loss(exact, teacher[:checked_rows].double(), divergence=case.divergence).backward()
-    assert few.grad is not None
+    student, exact = few.student.clone().requires_grad_(), few.student.double().requires_grad_()
+    loss(student, few.teacher).backward()
+    kd.reference.distillation_loss(exact, few.teacher.double(), few.labels, divergence=few.divergence).backward()
+    assert student.grad is not None
     assert exact.grad is not None
-    return float((few.grad.double() - exact.grad).norm() / exact.grad.norm())
+    return float((student.grad.double() - exact.grad).norm() / exact.grad.norm())
 
 
-def run(device: str, rows: int, width: int, rounds: int) -> dict[str, Any]:
-    """All cases, with what they were measured on."""
+def run(cases: Sequence[Case], device: str, rounds: int) -> dict[str, Any]:
+    """These cases, with what they were measured on."""
     results = []
-    for case in cases(rows, width):
-        print(f"measuring {case.divergence}, {case.dtype}, {case.rows} × {case.width} …", flush=True)
+    for case in cases:
+        print(f"measuring {case.title} …", flush=True)
         torch._dynamo.reset()
         results.append(measure(case, device, rounds))
     add_limits(results)

@@ -18,16 +18,12 @@ import kdkernels as kd
 from benchmarks.cases import Case
 from benchmarks.contenders import IN_PLACE, Contender, contenders
 from benchmarks.environment import describe
+from benchmarks.inputs import DESCRIPTION, Data, draw
 from benchmarks.memory import peak_above_now
 from benchmarks.peers import Loss
 from benchmarks.timing import Call, captured, queued, synchronize, wall_clock
 
-CLOSE_NOISE = 0.05
 CHECKED_ROWS = 16
-INPUTS = (
-    "Random normal logits (standard deviation 1), drawn in the case's dtype; the teacher's independent of the "
-    f"student's, or, where a case says 'close models', the student's + {CLOSE_NOISE}·normal."
-)
 TIMING = (
     "CUDA events around each call, queued without waiting in between; the median over all turns. Turns of the "
     "implementations alternate. Small batches: the host's clock over many calls that wait at the end alone, and the "
@@ -53,46 +49,12 @@ QUICK = Effort(turns=2, seconds=0.03, most=20)
 
 
 @dataclass(frozen=True)
-class Data:
-    student: Tensor  # (..., V), a leaf that requires grad
-    teacher: Tensor  # (..., V)
-    labels: Tensor | None  # (...)
-
-
-@dataclass(frozen=True)
 class Job:
     """One implementation at work on one set of inputs."""
 
     run: Call
     before: Call | None = None  # untimed, ahead of each run
     gradient: Callable[[], Tensor | None] = lambda: None
-
-
-def draw(case: Case, device: str, seed: int = 0) -> Data:
-    """The logits of a case. A view's are (B, S, V) logits without their last token, neither copied nor contiguous."""
-    generator = torch.Generator(device).manual_seed(seed)
-    batch = case.leading if case.kind != "view" else (case.leading[0], case.leading[1] + 1)
-    dtype = getattr(torch, case.dtype)
-
-    def normal() -> Tensor:
-        return torch.randn(*batch, case.width, generator=generator, dtype=dtype, device=device)
-
-    student = normal()
-    teacher = normal()
-    if case.close:
-        teacher.mul_(CLOSE_NOISE).add_(student)
-    labels = None
-    if case.kind == "masked":
-        labels = torch.randint(0, case.width, case.leading, generator=generator, device=device)
-        labels[torch.randperm(case.rows, generator=generator, device=device)[: case.rows // 2]] = -100
-    if case.kind == "view":
-        student, teacher = student[:, :-1], teacher[:, :-1]
-    return Data(student.detach().requires_grad_(), teacher, labels)
-
-
-def contiguous(data: Data) -> Data:
-    student = data.student.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
-    return Data(student, data.teacher.contiguous(), data.labels)
 
 
 def prepare(case: Case, contender: Contender, loss: Loss, data: Data) -> Job:
@@ -117,7 +79,7 @@ def prepare(case: Case, contender: Contender, loss: Loss, data: Data) -> Job:
 
         def step_in_place() -> None:
             logits = work.view_as(work)
-            kd.distillation_loss(logits, teacher, data.labels, divergence=case.divergence, inplace=True).backward()
+            kd.distillation_loss(logits, teacher, data.labels, divergence=data.divergence, inplace=True).backward()
 
         return Job(step_in_place, restore, lambda: work.grad)
 
@@ -128,12 +90,12 @@ def prepare(case: Case, contender: Contender, loss: Loss, data: Data) -> Job:
     return Job(step, None, lambda: student.grad)
 
 
-def _loss(case: Case, contender: Contender, data: Data) -> Loss:
+def _loss(contender: Contender, data: Data) -> Loss:
     if contender.make is not None:
-        return contender.make()
+        return contender.make(data)
     if contender.backend is None and kd.backends.choose(data.student.device, data.student.dtype) == "reference":
         raise RuntimeError(f"no kernels of kdkernels serve {data.student.device}")
-    return lambda student, teacher: kd.distillation_loss(student, teacher, data.labels, divergence=case.divergence)
+    return lambda student, teacher: kd.distillation_loss(student, teacher, data.labels, divergence=data.divergence)
 
 
 class Exact:
@@ -143,13 +105,13 @@ class Exact:
         leading = data.student.shape[:-1]
         rows = torch.linspace(0, case.rows - 1, min(CHECKED_ROWS, case.rows)).long()
         self.index = torch.unravel_index(rows.to(data.student.device), leading)
-        few = data.student.detach()[self.index].double().requires_grad_()
-        labels = None if data.labels is None else data.labels[self.index]
+        few = data.rows(*self.index)
+        student = few.student.double().requires_grad_()
         counted = case.rows if data.labels is None else int((data.labels != -100).sum())
         loss = kd.reference.distillation_loss(
-            few, data.teacher[self.index].double(), labels, divergence=case.divergence, reduction="sum"
+            student, few.teacher.double(), few.labels, divergence=few.divergence, reduction="sum"
         )
-        self.gradient = torch.autograd.grad(loss, few)[0] / counted
+        self.gradient = torch.autograd.grad(loss, student)[0] / counted
 
     def error(self, gradient: Tensor) -> float:
         return float((gradient[self.index].double() - self.gradient).norm() / self.gradient.norm())
@@ -157,10 +119,12 @@ class Exact:
 
 def exact_loss(case: Case, data: Data) -> float:
     """The loss of the whole batch in fp64, some rows at a time."""
-    pairs = zip(data.student.detach().split(64), data.teacher.split(64), strict=True)
+    parts = [data.rows(slice(start, start + 64)) for start in range(0, len(data.student), 64)]
     losses = [
-        kd.reference.distillation_loss(student.double(), teacher.double(), divergence=case.divergence, reduction="sum")
-        for student, teacher in pairs
+        kd.reference.distillation_loss(
+            part.student.double(), part.teacher.double(), part.labels, divergence=part.divergence, reduction="sum"
+        )
+        for part in parts
     ]
     return float(torch.stack(losses).sum()) / case.rows
 
@@ -180,7 +144,7 @@ def _release() -> None:
 def _entrants(case: Case, data: Data, without: tuple[str, ...]) -> list[tuple[str, Contender, Data]]:
     found = [(contender.name, contender, data) for contender in contenders(case, without)]
     if case.kind == "view":
-        copy = contiguous(data)
+        copy = data.contiguous()
         found += [(f"{name}, contiguous", contender, copy) for name, contender, _ in found]
     return found
 
@@ -197,7 +161,7 @@ def measure(case: Case, device: str, effort: Effort, without: tuple[str, ...] = 
         lines.append(line)
         try:
             with contender.context():
-                job = prepare(case, contender, _loss(case, contender, inputs), inputs)
+                job = prepare(case, contender, _loss(contender, inputs), inputs)
                 if contender.name == IN_PLACE:
                     line["backend"] = kd.backends.choose(inputs.student.device, inputs.student.dtype)
                 _warm_up(job, device)
@@ -265,13 +229,13 @@ def measure_small(case: Case, device: str, effort: Effort, without: tuple[str, .
         line: dict[str, Any] = {"implementation": contender.name, "timed": contender.timed, "input_sets": sets}
         lines.append(line)
         data = [
-            Data(student.detach().requires_grad_(), teacher, None)
+            Data(student.detach().requires_grad_(), teacher, None, drawn.divergence)
             for student, teacher in zip(drawn.student.split(case.rows), drawn.teacher.split(case.rows), strict=True)
         ]
         exact = exact or Exact(case, data[0])
         try:
             with contender.context():
-                loss = _loss(case, contender, data[0])
+                loss = _loss(contender, data[0])
                 jobs = [prepare(case, contender, loss, one) for one in data]
                 _warm_up(jobs[0], device)
                 gradient = jobs[0].gradient()
@@ -343,7 +307,7 @@ def run(
         "benchmark": "rows, CUDA",
         "complete": False,
         "environment": describe(device, commit),
-        "inputs": INPUTS,
+        "inputs": DESCRIPTION,
         "timing": TIMING,
         "effort": asdict(effort),
         "copy": {"bytes_per_second": [], "elements": effort.copy_elements},

@@ -27,8 +27,15 @@ class Objective:
     kd_weight: float
     ce_weight: float
 
-    def fused(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        return kd.distillation_loss(
+    def fused(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        record: Callable[[kd.RowStats], None] | None = None,
+    ) -> Tensor:
+        """The loss by kdkernels; its statistics, which it has anyway, go to ``record``."""
+        loss, stats = kd.distillation_loss(
             student,
             teacher,
             labels,
@@ -36,7 +43,11 @@ class Objective:
             temperature=self.temperature,
             kd_weight=self.kd_weight,
             ce_weight=self.ce_weight,
+            return_stats=True,
         )
+        if record is not None:
+            record(stats)
+        return loss
 
     def eager(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         """The same as it is usually written in PyTorch; bfloat16 logits are upcast, as Transformers does."""
@@ -61,12 +72,26 @@ def eager_divergence(divergence: kd.Divergence, log_p: Tensor, log_q: Tensor) ->
     if isinstance(divergence, kd.JensenShannon):
         log_m, beta = log_mixture(log_p, log_q, divergence.beta), divergence.beta
         return beta * kl_div(log_p, log_m) + (1 - beta) * kl_div(log_q, log_m)
+    if isinstance(divergence, kd.CAKD) and isinstance(divergence.strong, kd.TopK):
+        strong = log_p >= log_p.topk(divergence.strong.k, dim=-1).values[:, -1:]
+        strong_p, strong_q, scd = split(log_p, log_q, strong)
+        weak_p, weak_q, wcd = split(log_p, log_q, ~strong)
+        bcd = strong_p.exp() * (strong_p - strong_q) + weak_p.exp() * (weak_p - weak_q)
+        return (bcd + divergence.alpha * scd + divergence.beta * wcd).mean()
     raise TypeError(f"no eager form of {divergence}")
 
 
 def kl_div(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p‖q); PyTorch takes the second distribution first."""
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def split(log_p: Tensor, log_q: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-masses of a set of tokens, and KL(p‖q) of the distributions inside it, row by row."""
+    mass_p = log_p.masked_fill(~inside, -torch.inf).logsumexp(-1)
+    mass_q = log_q.masked_fill(~inside, -torch.inf).logsumexp(-1)
+    log_p, log_q = log_p - mass_p[:, None], log_q - mass_q[:, None]
+    return mass_p, mass_q, (log_p.exp() * (log_p - log_q)).masked_fill(~inside, 0).sum(-1)
 
 
 def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:

@@ -11,11 +11,12 @@ from pathlib import Path
 from loss_cost import Cost
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from terms import Terms
 
 HARD_LABELS = "hard labels"
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
-_COLORS = ("#7f7f7f", "#0072b2", "#d55e00")
+_COLORS = ("#7f7f7f", "#0072b2", "#d55e00", "#cc79a7")
 _EAGER, _OURS = "#bbbbbb", "#009e73"
 
 
@@ -43,6 +44,7 @@ class Results:
     curve_tokens: int
     teacher_curve_loss: float  # on the curves' part of the held-out text
     curves: dict[str, Curve]
+    terms: Terms
     cost_shape: str
     eager_costs: dict[str, Cost]
     fused_costs: dict[str, Cost]
@@ -50,7 +52,7 @@ class Results:
 
     def summary(self) -> str:
         """Everything a reader wants on the console."""
-        sections = [self.models_table(), self.cost_table(), self.verdict(), self.timing()]
+        sections = [self.models_table(), self.cost_table(), self.terms.summary(), self.verdict(), self.timing()]
         return "\n\n".join(sections)
 
     def models_table(self) -> str:

@@ -260,7 +260,7 @@ class DKD(Divergence):
 
 @dataclass(frozen=True)
 class CAKD(Divergence):
-    r"""BCD + alpha·SCD + beta·WCD: concept-aware knowledge distillation (arXiv 2410.14741).
+    r"""BCD + alpha·SCD + beta·WCD: correlation-aware knowledge distillation (arXiv 2410.14741).
 
     ``Decoupled(strong, scd=alpha, wcd=beta, mass_weighted=False)``.
     """

@@ -1,6 +1,7 @@
 """The CUDA benchmark without a GPU: its measuring on tiny tensors of a CPU, its reports on a synthetic result."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from benchmarks import __main__ as benchmarks_main
 from benchmarks import cases, contenders, report, report_cuda, rows_cuda
 from benchmarks.cases import HEADLINE, Case
 from benchmarks.contenders import CUDA, IN_PLACE, TRITON, Contender
+from benchmarks.losses import FAMILY, GIVEN_PER_ROW
 from kdkernels.backends import triton
 
 TINY = rows_cuda.Effort(turns=2, seconds=0.001, most=3, copy_elements=2**12, small_bytes=2**15)
@@ -19,6 +21,8 @@ KINDS = [
     Case("forward_kl", 130, 203, kind="forward"),
     Case("reverse_kl", 64, 203, kind="masked"),
     Case("forward_kl", 16, 203, kind="view"),
+    Case("decoupled top-k 32", 16, 203, field="eager"),
+    Case("decoupled given per row", 16, 203, peaked=True, field="eager"),
     Case("forward_kl", 2, 203, kind="small"),
 ]
 
@@ -59,7 +63,7 @@ def test_every_kind_of_case_gives_right_lines_or_reasons():
 def test_a_contender_that_fails_is_a_line_that_says_so(monkeypatch):
     calls = []
 
-    def fails_late():
+    def fails_late(data):
         def loss(student, teacher):
             calls.append(1)
             if len(calls) > 4:
@@ -68,7 +72,7 @@ def test_a_contender_that_fails_is_a_line_that_says_so(monkeypatch):
 
         return loss
 
-    def absent():
+    def absent(data):
         raise ImportError("No module named 'absent'")
 
     field = [Contender("late", "", fails_late), Contender("absent", "", absent), *contenders.contenders(KINDS[1])]
@@ -94,10 +98,12 @@ def test_the_cases():
     full = cases.full()
     assert len({case.title for case in full}) == len(full)
     for case in full:
-        matrix = case.bytes / {"forward": 2, "masked": 2}.get(case.kind, 3)
+        mask = case.rows * case.width if case.divergence == GIVEN_PER_ROW else 0
+        matrix = (case.bytes - mask) / {"forward": 2, "masked": 2}.get(case.kind, 3)
         assert case.kind == "small" or 0.5e9 < matrix < 2e9, case.title
-    plain = {(case.divergence, case.width) for case in full if case.kind == "step" and case.dtype == "bfloat16"}
-    assert plain == {(name, width) for name in cases.DIVERGENCES for width in cases.ROWS}
+    steps = [case for case in full if case.kind == "step" and case.dtype == "bfloat16" and not case.peaked]
+    split = {(name, width) for name in FAMILY for width in (HEADLINE, 151936)}
+    assert {(c.divergence, c.width) for c in steps} == split | set(product(cases.DIVERGENCES, cases.ROWS))
     assert {case.kind for case in full} == set(cases.SUFFIXES)
     for case in full:
         assert contenders.contenders(case)[0].name == CUDA

@@ -1,4 +1,4 @@
-"""The README runs as it stands, and its figures are those of the result files."""
+"""The documents' examples run as they stand, and their figures are those of the result files."""
 
 import re
 import warnings
@@ -13,8 +13,9 @@ from benchmarks.environment import ROOT
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_readme_s_examples_run_in_order():
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+@pytest.mark.parametrize("document", ["README.md", "docs/decoupled.md"])
+def test_the_examples_run_in_order(document):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
     assert len(blocks) >= 3
     torch.manual_seed(0)
     names: dict = {}
@@ -23,23 +24,26 @@ def test_the_readme_s_examples_run_in_order():
         for block in blocks:
             # The same code on a smaller vocabulary: what is tested is that it runs as pasted.
             exec(block.replace("32000", "320"), names)
-    assert names["student_logits"].grad.shape == (4, 512, 320)
+    gradient = names["student_logits"].grad
+    assert gradient.shape == (4, 512, 320)
+    assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["rows-cpu", "rows-cuda"])
-def test_the_readme_s_tables_are_the_result_files_(name):
-    """A table without a result file is empty."""
-    between = README.split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0]
-    assert between.removesuffix("\n") == benchmarks_main.readme_blocks()[name]
-    assert bool(between) == (ROOT / f"benchmarks/results/{name}.json").exists()
+@pytest.mark.parametrize("document", benchmarks_main.document_blocks(), ids=lambda path: path.name)
+def test_the_documents_tables_are_the_result_files_(document):
+    """A table without results is empty."""
+    text = document.read_text()
+    for name, block in benchmarks_main.document_blocks()[document].items():
+        between = text.split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0]
+        assert between.removesuffix("\n") == block
 
 
-def test_writing_the_readme_changes_only_what_is_between_the_markers(tmp_path):
+def test_writing_a_table_changes_only_what_is_between_the_markers(tmp_path):
     copy = tmp_path / "README.md"
     copy.write_text(README)
     report.write_between_markers(copy, "rows-cuda", "a table")
     assert "<!-- rows-cuda -->\na table\n<!-- /rows-cuda -->" in copy.read_text()
-    for name, text in benchmarks_main.readme_blocks().items():
+    for name, text in benchmarks_main.document_blocks()[ROOT / "README.md"].items():
         report.write_between_markers(copy, name, text)
     assert copy.read_text() == README
 
