@@ -183,7 +183,7 @@ class AdaptiveSweep : public SplitSweep<T, Split::threshold, RowSweep<T, Adaptiv
 #pragma unroll
       for (int i = 0; i < G; i++) {
         const float apart = far.apart(FarColumn<Math>(x[i], y[i], row));
-        if (this->template strong<Special>(y[i], column, 0, i))
+        if (this->template strong<Special>(y[i], column, {}, i))
           head += apart;
         else
           tail += apart;
@@ -213,7 +213,7 @@ class AdaptiveSweep : public SplitSweep<T, Split::threshold, RowSweep<T, Adaptiv
         const auto c = Column<Math>::make(x[i], y[i], row);
         v[0] += forward.value(c), v[1] += reverse.value(c), v[2] += reverse.slope(c, pivot);
         const float difference = fabsf(c.student_minus_teacher());
-        if (this->template strong<Special>(y[i], column, 0, i))
+        if (this->template strong<Special>(y[i], column, {}, i))
           apart[0] += difference;
         else
           apart[1] += difference;

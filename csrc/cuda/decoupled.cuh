@@ -62,7 +62,7 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
         Totals::write_terms(p_, row, 0, 0, 0, 0, 0);
       }
       if (gradient) this->fill(gradient, 0, int(p_.student.width), 0.0f);
-      this->release(1), this->leave(at);
+      this->release(1);
       return;
     }
     this->set_split(at, header.label);
@@ -73,7 +73,7 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
     bool released = false;
     if (turn == Turn::nan) {
       if (gradient) this->fill(gradient, 0, int(p_.student.width), __builtin_nanf(""));
-      this->release(at.chunks), this->leave(at);
+      this->release(at.chunks);
       return;
     }
     kd_ = n.kd, this->ce_ = n.ce, hard_factor_ = n.hard_factor, this->hard_reference_ = n.student_reference;
@@ -87,7 +87,6 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
     if (gradient && p_.student.width > p_.vocab_size)
       this->fill(gradient, int(p_.vocab_size), int(p_.student.width), 0.0f);
     if (!released) this->release(at.chunks);
-    this->leave(at);
   }
 
   template <bool OwnReferences>
@@ -130,7 +129,7 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
         [&]<bool Special>(uint4 s, uint4 t, int column) {
           float x[G], y[G], e[G], f[G];
           this->template load<Special>(s, t, column, kPadding, x, y);
-          const uint32_t bits = this->mask_bits(column);
+          const auto bits = this->mask_bytes(column);
 #pragma unroll
           for (int i = 0; i < G; i++)
             e[i] = Math::exp2(fmaf(x[i], k, -constant)), f[i] = Math::exp2(fmaf(y[i] - origin, k, -constant));
@@ -181,17 +180,16 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
         });
     float all[8] = {strong.v[0], strong.v[1], strong.v[2], 0, weak.v[0], weak.v[1], weak.v[2], h};
     const float of_warp = warp_sums(all, exchange_.lane);
-    const int lane = exchange_.lane, warp = exchange_.warp;
-    constexpr int kSlots = ExchangeMemory::kInFlight;
-    Parcel& of_strong = exchange_.memory->of_warps[exchange_.count % kSlots][warp];
-    Parcel& of_weak = exchange_.memory->of_warps[(exchange_.count + 1) % kSlots][warp];
-    const int value = lane / 4;
-    if (lane % 4 == 0) (value < 4 ? of_strong : of_weak).v[value == 7 ? 6 : value % 4] = of_warp;
-    if (lane == 0) {
-      of_weak.v[4] = to.student_known ? to.a : kPadding, of_weak.v[5] = to.teacher_known ? to.b : kPadding;
-      of_weak.v[7] = fmaf(to.a, k, -(to.a * k));  // what rounding took of the constant
+    const int lane = exchange_.lane, value = lane / 4;
+    Parcel& parcel = exchange_.mine();
+    if (lane % 4 == 0) {
+      if (value < 3) this->memory_->strong_of_warps[at.buffer][value][exchange_.warp] = of_warp;
+      if (value > 3) parcel.v[value == 7 ? 6 : value - 4] = of_warp;
     }
-    exchange_.post({Wanted::held, at.buffer, false, at.slot, row});
+    if (lane == 0) {
+      parcel.v[4] = to.student_known ? to.a : kPadding, parcel.v[5] = to.teacher_known ? to.b : kPadding;
+      parcel.v[7] = fmaf(to.a, k, -(to.a * k));  // what rounding took of the constant
+    }
     return exchange_.post({Wanted::statistics, at.buffer, false, at.slot, row});
   }
 
@@ -204,7 +202,7 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
         [&]<bool Special>(uint4 s, uint4 t, int column) {
           float x[G], y[G], g[G];
           this->template load<Special>(s, t, column, kPadding, x, y);
-          const uint32_t bits = this->mask_bits(column);
+          const auto bits = this->mask_bytes(column);
 #pragma unroll
           for (int i = 0; i < G; i++) {
             const FarColumn<Math> c(x[i], y[i], row);
@@ -257,7 +255,7 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
         [&]<bool Special>(uint4 s, uint4 t, int column) {
           float x[G], y[G];
           this->template load<Special>(s, t, column, -__builtin_inff(), x, y);
-          const uint32_t bits = this->mask_bits(column);
+          const auto bits = this->mask_bytes(column);
 #pragma unroll
           for (int i = 0; i < G; i++) {
             const bool strong = this->template strong<Special>(y[i], column, bits, i);
@@ -282,7 +280,7 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
         [&]<bool Special>(uint4 s, uint4 t, int column) {
           float x[G], y[G];
           this->template load<Special>(s, t, column, -__builtin_inff(), x, y);
-          const uint32_t bits = this->mask_bits(column);
+          const auto bits = this->mask_bytes(column);
 #pragma unroll
           for (int i = 0; i < G; i++)
             if (this->template strong<Special>(y[i], column, bits, i) == of_strong && !(Special && outside(column + i)))
@@ -306,7 +304,7 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
           [&]<bool Special>(uint4 s, uint4 t, int column) {
             float x[G], y[G];
             this->template load<Special>(s, t, column, -__builtin_inff(), x, y);
-            const uint32_t bits = this->mask_bits(column);
+            const auto bits = this->mask_bytes(column);
 #pragma unroll
             for (int i = 0; i < G; i++)
               if (this->template strong<Special>(y[i], column, bits, i) == (set == kStrong))
@@ -348,31 +346,29 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
 #pragma unroll
       for (int set = kStrong; set <= kWeak; set++) sets[set].gap_rest -= step[set], Base::normalise_gap(sets[set]);
     }
-    // The sets' masses. Differences of the references are exact, and their product with 1/T nearly so where they are small.
-    const float of_strong = share_of(kStrong, a, student), of_weak = share_of(kWeak, a, student), lambda = [&] {
-      if (!OwnReferences) return (gap[kStrong] - step[kStrong]) - (gap[kWeak] - step[kWeak]);
-      return ((b[0] - a[0]) - (b[1] - a[1])) * inv_temperature + ((gap[0] - step[0]) - (gap[1] - step[1]));
-    }();
-    Masses m = Masses::of(of_strong, of_weak, share_of(kStrong, b, teacher), share_of(kWeak, b, teacher), lambda);
-    if (!has[kStrong] || !has[kWeak]) m = extreme_masses(m);
-    if (threadIdx.x == 0) Totals::set_report(n, m, problem_.parameters[3] != 0);
+    // The sets' odds. Their difference keeps its digits: the references' differences in it are exact.
+    const float apart_a = a[kStrong] - a[kWeak], apart_b = b[kStrong] - b[kWeak];
+    const float difference = (apart_b - apart_a) * inv_temperature + ((gap[0] - step[0]) - (gap[1] - step[1]));
+    const auto odds = [&](float apart, const float (&sum)[2]) { return fmaf(apart, inv_temperature, logf(sum[kStrong]) - logf(sum[kWeak])); };
+    const auto m = SetMasses<float>::make(odds(apart_b, teacher), odds(apart_a, student),
+                                          has[0] && has[1] ? difference : odds(apart_b, teacher) - odds(apart_a, student));
+    if (threadIdx.x == 0) Totals::set_terms(n, m, problem_.parameters[3] != 0);
     __syncwarp();
-    const float mass_weighted = problem_.parameters[3];
-    const float weights[3] = {n.weight[0], n.weight[1], n.weight[2]};
-    float by_slope[2], by_q[2];
+    DecoupledNumbers own;
 #pragma unroll
-    for (int set = kStrong; set <= kWeak; set++) {
-      const float binary = (set == kStrong ? weights[0] : -weights[0]) * m.difference;
-      by_slope[set] = kd_ * weights[1 + set] * (mass_weighted != 0 ? m.teacher[set] : 1.0f);
-      by_q[set] = fmaf(folded_ce, m.student[set], kd_ * binary);
-    }
+    for (int i = 0; i < 3; i++) own.weight[i] = n.weight[i];
+    Totals::set_terms(own, m, problem_.parameters[3] != 0);
+    const SetFactors<float> of_strong = own.weights.strong(m), of_weak = own.weights.weak(m);
+    const float by_slope[2] = {kd_ * of_strong.slope, kd_ * of_weak.slope};
+    const float by_q[2] = {fmaf(folded_ce, m.student_strong, kd_ * of_strong.student),
+                           fmaf(folded_ce, m.student_weak, kd_ * of_weak.student)};
     const ForwardKL<Math> divergence(p_.parameters, {});
     float v[4] = {0, 0, 0, 0};
     T* out = gradient ? gradient - low_ : nullptr;
     auto block = [&]<bool Special>(uint4 s, uint4 t, int column) {
       float x[G], y[G], g[G];
       this->template load<Special>(s, t, column, -__builtin_inff(), x, y);
-      const uint32_t bits = this->mask_bits(column);
+      const auto bits = this->mask_bytes(column);
 #pragma unroll
       for (int i = 0; i < G; i++) {
         const bool in_strong = this->template strong<Special>(y[i], column, bits, i);
@@ -400,24 +396,6 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
     const Request request{Wanted::sums, at.buffer, true, 0, 0};  // the values, which nobody here waits for
     exchange_.template post_sums<4>(warp_sums(v, exchange_.lane), request);
     return gradient && columns_ > 0;
-  }
-
-  // What a model gives to a set, from both sets' sums against their references.
-  __device__ __forceinline__ float share_of(int set, const float (&reference)[2], const float (&sum)[2]) const {
-    const int other = 1 - set;
-    if (!(sum[set] > 0)) return 0;
-    if (!(sum[other] > 0)) return 1;
-    return sum[set] / (sum[set] + Math::exp2((reference[other] - reference[set]) * scale_) * sum[other]);
-  }
-
-  // Masses where a set has none in one of the models.
-  static __device__ Masses extreme_masses(Masses m) {
-    m.difference = m.student[kStrong] - m.teacher[kStrong];
-    m.bcd = 0;
-#pragma unroll
-    for (int set = kStrong; set <= kWeak; set++)
-      if (m.teacher[set] > 0) m.bcd += m.teacher[set] * logf(m.teacher[set] / m.student[set]);
-    return m;
   }
 };
 

@@ -1,49 +1,12 @@
 // What consumers of the decoupled divergences need between their sweeps: sums per set, their logarithms, the terms, and
 // the gradient's factors; and their rows' reports.
 #pragma once
+#include "../divergence/decoupled.h"
 #include "split.cuh"
 
 namespace kdkernels::cuda {
 
 constexpr int kStrong = 0, kWeak = 1;
-
-// The sets' masses and their log-ratios, from the masses and lambda = log(P_S/Q_S) - log(P_W/Q_W), which keep
-// their digits where the models agree.
-struct Masses {
-  float student[2], teacher[2];
-  float log_ratio[2];  // log(P/Q) of a set
-  float difference;    // Q_S - P_S
-  float bcd;
-
-  static __device__ Masses of(float student_strong, float student_weak, float teacher_strong, float teacher_weak, float lambda) {
-    Masses m;
-    m.teacher[kStrong] = teacher_strong, m.teacher[kWeak] = teacher_weak;
-    m.student[kStrong] = student_strong, m.student[kWeak] = student_weak;
-    const bool one_set = student_strong == 0 || student_weak == 0;
-    // 1 = Q_S·e^l_S + Q_W·e^l_W, and lambda = l_S - l_W.
-    m.log_ratio[kStrong] = -log_mix(student_strong, student_weak, -lambda);
-    m.log_ratio[kWeak] = -log_mix(student_weak, student_strong, lambda);
-    m.difference = student_strong < student_weak ? -student_strong * expm1f(m.log_ratio[kStrong])
-                                                 : student_weak * expm1f(m.log_ratio[kWeak]);
-    m.bcd = one_set ? 0 : term(m, kStrong) + term(m, kWeak);
-    return m;
-  }
-  // log(rest + share·e^x), rest + share = 1
-  static __device__ float log_mix(float rest, float share, float x) {
-    if (fabsf(x) < 1) return log1pf(share * expm1f(x));
-    return x > 0 ? x + logf(share + rest * expf(-x)) : logf(rest + share * expf(x));
-  }
-  // P·l - P + Q, accurate relative to itself.
-  static __device__ float term(const Masses& m, int i) {
-    using Math = FloatMath;
-    const float l = m.log_ratio[i], k = -fabsf(l);
-    if (m.student[i] == 0 && m.teacher[i] == 0) return 0;
-    const auto e = Math::exponential(k);
-    if (l > 0) return e.phi * m.teacher[i];
-    const float far = 1 + (fmaxf(k, -1000) - 1) * e.e, near = k * k + (k - 1) * e.phi;
-    return m.student[i] * (k > -1 ? near : far);
-  }
-};
 
 struct DecoupledNumbers {
   Turn turn;
@@ -59,7 +22,8 @@ struct DecoupledNumbers {
   // For the report.
   uint32_t row;
   float scale, temperature, cross_entropy, student_log, teacher_log;  // logs of the whole sums
-  float bcd, term_weight[2], strong_mass_teacher, strong_mass_student;
+  TermWeights<float> weights;       // masses included
+  float bcd, strong_mass_teacher, strong_mass_student;
 };
 static_assert(sizeof(DecoupledNumbers) <= sizeof(ExchangeMemory::numbers[0]));
 
@@ -67,8 +31,8 @@ __device__ __forceinline__ DecoupledNumbers& decoupled_numbers(ExchangeMemory* m
   return *reinterpret_cast<DecoupledNumbers*>(memory->numbers[buffer]);
 }
 
-// A warp's two parcels: the strong set's sums in the first, the weak set's in the second, in the order of the first three
-// of StatisticSums; and in the second's v[4] to v[7] what a warp's parcel has there of the whole row.
+// A warp's parcel holds the weak set's sums in the order of the first three of StatisticSums, and in v[4] to v[7] what it
+// has there of the whole row; the strong set's sums lie in the split's memory.
 template <class T, Split Kind>
 class DecoupledTotals : public Totals<T, ForwardKL> {
   using Base = Totals<T, ForwardKL>;
@@ -87,6 +51,7 @@ class DecoupledTotals : public Totals<T, ForwardKL> {
                              int warps, int lane, SplitMemory<T>* split, uint32_t* counts)
       : Base(problem, ring, memory, blocks, rank, warps, lane), split_(split),
         select_(problem, &split->select, counts, blocks, rank, lane) {
+#pragma unroll
     for (int i = 0; i < 3; i++)
       weight_[i] = p_.weights ? static_cast<const float*>(p_.weights)[i] : problem.parameters[i];
   }
@@ -100,14 +65,8 @@ class DecoupledTotals : public Totals<T, ForwardKL> {
       Parcel part;
       if (lane_ < warps_) part = memory_->of_warps[b][lane_];
       switch (request.what) {
-        case Wanted::held: break;
         case Wanted::select: select(part, request); break;
-        case Wanted::statistics: {
-          Parcel strong;
-          if (lane_ < warps_) strong = memory_->of_warps[(b + ExchangeMemory::kInFlight - 1) % ExchangeMemory::kInFlight][lane_];
-          statistics(strong, part, request);
-          break;
-        }
+        case Wanted::statistics: statistics(part, request); break;
         case Wanted::sums: sums(part, request, memory_->result[b]); break;
         default: top(part, memory_->result[b]);
       }
@@ -141,13 +100,17 @@ class DecoupledTotals : public Totals<T, ForwardKL> {
     float a, b, hard;
   };
 
-  __device__ void statistics(const Parcel& strong, const Parcel& weak, const Request& request) {
+  __device__ void statistics(const Parcel& weak, const Request& request) {
     const RowHeader row = headers_[request.slot];
     const float label_logit = this->read_label_logit(row, request.row);
     const float k = row.log2e_over_temperature;
     const bool hard = problem_.with_ce && row.temperature != 1;
     Sums parts;
-    for (int i = 0; i < 3; i++) parts.v[kStrong][i] = strong.v[i], parts.v[kWeak][i] = weak.v[i];
+#pragma unroll
+    for (int i = 0; i < 3; i++) {
+      parts.v[kStrong][i] = lane_ < warps_ ? split_->strong_of_warps[request.buffer][i][lane_] : 0;
+      parts.v[kWeak][i] = weak.v[i];
+    }
     parts.a = lane_ < warps_ ? weak.v[4] : kPadding, parts.b = lane_ < warps_ ? weak.v[5] : kPadding, parts.hard = weak.v[6];
     Sums all = add_up(parts, k, weak.v[7], hard);
     if (blocks_ > 1) all = add_up(across(all), k, 0, hard);
@@ -218,6 +181,7 @@ class DecoupledTotals : public Totals<T, ForwardKL> {
     }
     n.scale = row.scale, n.temperature = row.temperature;
     n.student_reference = sums.a, n.teacher_reference = sums.b;
+#pragma unroll
     for (int i = 0; i < 3; i++) n.weight[i] = weight_[i];
     const float max_gap = sums.b - sums.a, hard_sum = hard ? sums.hard : student;
     const bool good = is_positive_finite(student) && is_positive_finite(teacher) && is_positive_finite(hard_sum) &&
@@ -245,59 +209,54 @@ class DecoupledTotals : public Totals<T, ForwardKL> {
     if constexpr (Kind == Split::label) n.divergence[kStrong] = 0;
     n.sets_apart = apart;
     n.turn = good ? Turn::everywhere : Turn::nan;
-    if (good && !apart) {
-      const float lambda = n.log_gap[kStrong] - n.log_gap[kWeak], inv_student = reciprocal(student), inv_teacher = reciprocal(teacher);
-      const Masses m = Masses::of(n.student_sum[kStrong] * inv_student, n.student_sum[kWeak] * inv_student,
-                                  n.teacher_sum[kStrong] * inv_teacher, n.teacher_sum[kWeak] * inv_teacher, lambda);
-      set_report(n, m);
-      if constexpr (Base::kFar) {
-        const float value = weighted(n, n.divergence[kStrong], n.divergence[kWeak]);
-        float most = n.weight[0];
+    if constexpr (Base::kFar)
+      if (good && !apart) {
+        // Plain differences, which models far apart allow.
+        const float inv_student = reciprocal(student), inv_teacher = reciprocal(teacher), whole_gap = log_ratio(of_teacher, of_student);
+        SetMasses<float> m;
+        m.student_strong = n.student_sum[kStrong] * inv_student, m.student_weak = n.student_sum[kWeak] * inv_student;
+        m.teacher_strong = n.teacher_sum[kStrong] * inv_teacher, m.teacher_weak = n.teacher_sum[kWeak] * inv_teacher;
+        m.moved = m.teacher_weak < 0.5f ? m.teacher_weak - m.student_weak : m.student_strong - m.teacher_strong;
+        m.bcd = m.teacher_strong * (n.log_gap[kStrong] - whole_gap) + m.teacher_weak * (n.log_gap[kWeak] - whole_gap);
+        m.bcd = fmaxf(0, m.bcd);
+        set_terms(n, m, problem_.parameters[3] != 0);
+        const float value = n.weights.total(n.bcd, n.divergence[kStrong], n.divergence[kWeak]);
+        const float term_weight[2] = {n.weights.scd, n.weights.wcd};
+        float most = n.weights.bcd;
         bool agree = false;  // in a set of weight, where plain differences would lose their digits
 #pragma unroll
         for (int set = kStrong; set <= kWeak; set++) {
-          most = fmaxf(most, n.term_weight[set] * fmaxf(1, 0.5f * fabsf(n.log_gap[set])));
-          agree = agree || (n.divergence[set] < 0.05f && n.term_weight[set] > 0.02f * value);
+          most = fmaxf(most, term_weight[set] * fmaxf(1, 0.5f * fabsf(n.log_gap[set])));
+          agree = agree || (n.divergence[set] < 0.05f && term_weight[set] > 0.02f * value);
         }
-        const float gap = fmaf(max_gap, k, log_ratio(of_teacher, of_student) * kLog2Ef);
+        const float gap = fmaf(max_gap, k, whole_gap * kLog2Ef);
         // A NaN, of a column that is -inf in both models, fails the comparison.
         if (!agree && value >= 0.25f * most && value > 0 && value < 1e30f && fabsf(gap) < 24) n.turn = Turn::far;
         float student_rest, teacher_rest;
         n.student_lse = this->log2_normaliser(sums.a, k, of_student, student_rest);
         n.teacher_lse = this->log2_normaliser(sums.b, k, of_teacher, teacher_rest);
         const float exact_q = Math::exp2(-student_rest), exact_p = Math::exp2(-teacher_rest);
-#pragma unroll
-        for (int set = kStrong; set <= kWeak; set++) {
-          const float of_binary = (set == kStrong ? n.weight[0] : -n.weight[0]) * m.difference;
-          n.by_q[set] = fmaf(n.kd * (of_binary + n.term_weight[set]), reciprocal(m.student[set]), n.folded_ce) * exact_q;
-          n.by_p[set] = -n.kd * n.term_weight[set] * reciprocal(m.teacher[set]) * exact_p;
-        }
+        const SetFactors<float> strong = n.weights.strong(m), weak = n.weights.weak(m);
+        n.by_q[kStrong] = fmaf(n.kd * (strong.student + strong.slope), reciprocal(m.student_strong), n.folded_ce) * exact_q;
+        n.by_q[kWeak] = fmaf(n.kd * (weak.student + weak.slope), reciprocal(m.student_weak), n.folded_ce) * exact_q;
+        n.by_p[kStrong] = -n.kd * strong.slope * reciprocal(m.teacher_strong) * exact_p;
+        n.by_p[kWeak] = -n.kd * weak.slope * reciprocal(m.teacher_weak) * exact_p;
       }
-    }
     return n;
   }
 
  public:
-  static __device__ void set_report(DecoupledNumbers& n, const Masses& m, bool mass_weighted) {
-    n.bcd = m.bcd;
-#pragma unroll
-    for (int set = kStrong; set <= kWeak; set++) n.term_weight[set] = n.weight[1 + set] * (mass_weighted ? m.teacher[set] : 1.0f);
-    if constexpr (Kind == Split::label) n.term_weight[kStrong] = 0;  // one token: p~ = q~
-    n.strong_mass_teacher = m.teacher[kStrong], n.strong_mass_student = m.student[kStrong];
+  // What follows from the masses.
+  static __device__ void set_terms(DecoupledNumbers& n, const SetMasses<float>& m, bool mass_weighted) {
+    n.bcd = m.bcd, n.strong_mass_teacher = m.teacher_strong, n.strong_mass_student = m.student_strong;
+    n.weights = TermWeights<float>::make(n.weight[0], n.weight[1], n.weight[2], mass_weighted, m);
+    if constexpr (Kind == Split::label) n.weights.scd = 0;  // of one token, p~ = q~
   }
 
  private:
-  __device__ void set_report(DecoupledNumbers& n, const Masses& m) const { set_report(n, m, problem_.parameters[3] != 0); }
-
-  static __device__ float weighted(const DecoupledNumbers& n, float strong, float weak) {
-    auto times = [](float weight, float term) { return weight != 0 ? weight * term : 0.0f; };  // 0·inf is 0
-    return times(n.weight[0], n.bcd) + times(n.term_weight[0], strong) + times(n.term_weight[1], weak);
-  }
-
   __device__ void report(const DecoupledNumbers& n, float strong, float weak) const {
     if (rank_ != 0) return;
-    const float value = weighted(n, strong, weak);
-    Base::report(n, value);
+    Base::report(n, n.weights.total(n.bcd, strong, weak));
     write_terms(p_, n.row, n.bcd, strong, weak, n.strong_mass_teacher, n.strong_mass_student);
   }
   __device__ void report_nan(uint32_t row) const {

@@ -50,7 +50,7 @@ struct alignas(16) Parcel {
   float v[8] = {};
 };
 
-enum class Wanted : int { statistics, sums, top, held, select, nothing_more };
+enum class Wanted : int { statistics, sums, top, select, nothing_more };
 
 // What consumers want done with their parcels.
 struct Request {

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kMaxConsumers + 64, 1) row_cluster(const __gri
   ring.slots = kept(shared_address(shared));
   ring.headers = headers;
   ring.full = kept(shared_address(full)), ring.empty = kept(shared_address(empty));
-  ring.slot_columns = problem.slot_columns, ring.count = problem.slots;
+  ring.slot_columns = problem.slot_columns, ring.count = problem.slots, ring.slot_bytes = problem.slot_bytes;
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < ring.count; i++) barrier_init(ring.full_barrier(i), 1), barrier_init(ring.empty_barrier(i), warps);

@@ -104,10 +104,14 @@ constexpr int kStaticShared = sizeof(ExchangeMemory) + (2 * sizeof(uint64_t) + s
 
 int static_shared(const RowProblem& p) { return kStaticShared + (splits(p) ? int(sizeof(SplitMemory<float>)) : 0); }
 
+int64_t slot_bytes(const RowProblem& p, const Plan& plan) {
+  return plan.slot_columns * (2 * bytes_per_element(p.student.dtype) + (p.strong.mask ? 1 : 0));
+}
+
 int slots(const Device& d, const RowProblem& p, const Plan& plan) {
   const int64_t per_block = std::min<int64_t>(d.shared_per_block, d.shared_per_sm / plan.blocks_per_sm - d.reserved);
-  const int64_t room = per_block - static_shared(p) - split_bytes(p.strong.id, plan.cluster, int(share(p, plan.cluster)));
-  const int64_t slot = 2 * plan.slot_columns * bytes_per_element(p.student.dtype);
+  const int64_t room = per_block - static_shared(p) - split_bytes(p.strong.id, plan.cluster);
+  const int64_t slot = slot_bytes(p, plan);
   return int(std::clamp<int64_t>(room / slot, 0, kMaxSlots));
 }
 
@@ -169,6 +173,11 @@ std::string why_not_rows(const RowProblem& p) {
   if (!alike(student, alignment(p.teacher.data, p.teacher.rows, bytes)) ||
       (has_gradient(p) && !alike(student, alignment(p.gradient, p.gradient_rows, bytes))))
     return "rows of student, teacher and gradient lie differently within 16 bytes";
+  if (p.strong.mask) {
+    const Alignment mask = alignment(p.strong.mask, p.strong.mask_rows, 1);
+    if (!student.constant || student.base != 0 || !mask.constant || mask.base != 0 || p.vocab_size % 16 != 0)
+      return "a mask whose rows, or logits whose rows, do not lie at multiples of 16 bytes";
+  }
   if (plan(p).cluster == 0)
     return "a vocabulary of " + std::to_string(p.vocab_size) + " does not fit the shared memory of a cluster";
   return "";
@@ -253,12 +262,11 @@ void row_loss(const RowProblem& p, const Plan& plan, void* stream) {
   if (!possible || chunks(p, plan) * (plan.ahead ? 2 : 1) > slots(d, p, plan))
     throw std::invalid_argument("kdkernels: this problem does not fit the plan asked for");
   ClusterProblem problem{p, end_of(p.student), end_of(p.teacher), int(share(p, plan.cluster)), plan.slot_columns,
-                         slots(d, p, plan), float(p.kd_weight), float(p.ce_weight), float(p.temperature),
+                         slots(d, p, plan), int(slot_bytes(p, plan)), float(p.kd_weight), float(p.ce_weight), float(p.temperature),
                          {float(p.parameters[0]), float(p.parameters[1]), float(p.parameters[2]), float(p.parameters[3])},
                          float(p.strong.amount), p.with_ce(), p.reads_labels(), p.scale_by_temperature,
                          p.scale_gradient, plan.ahead};
   const void* kernel = kernel_of(p);
-  const int64_t slot_bytes = 2 * plan.slot_columns * bytes_per_element(p.student.dtype);
 
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
@@ -266,7 +274,7 @@ void row_loss(const RowProblem& p, const Plan& plan, void* stream) {
   cudaLaunchConfig_t config{};
   config.blockDim = dim3(unsigned(plan.consumers + helpers(p)));
   config.gridDim = dim3(unsigned(plan.cluster));
-  config.dynamicSmemBytes = size_t(problem.slots * slot_bytes + split_bytes(p.strong.id, plan.cluster, problem.share));
+  config.dynamicSmemBytes = size_t(problem.slots) * size_t(problem.slot_bytes) + size_t(split_bytes(p.strong.id, plan.cluster));
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &cluster;
   config.numAttrs = 1;

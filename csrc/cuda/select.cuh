@@ -13,8 +13,8 @@
 
 namespace kdkernels::cuda {
 
-constexpr int kExact = 256, kCoarse = 256, kBins = kExact + kCoarse;
-constexpr int kScoutBins = 256;
+constexpr int kExact = 128, kCoarse = 128, kBins = kExact + kCoarse;
+constexpr int kScoutBins = 128;
 
 // Floats in the order of unsigned integers; both zeros have one.
 __device__ __forceinline__ uint32_t image_of(float x) {
@@ -87,19 +87,27 @@ __device__ __forceinline__ bool by_mass(const RowProblem& p) { return p.strong.i
 template <class T>
 class Scout {
   using Math = FloatMath;
-  static constexpr int G = kGroup<T>, kVectors = 8;  // a lane's sample: as many pieces of 16 bytes
+  static constexpr int G = kGroup<T>, kVectors = 4;  // a lane's sample: as many pieces of 16 bytes
 
  public:
   __device__ Scout(const ClusterProblem& problem, SelectMemory<T>* memory, int lane)
       : p_(problem.rows), temperature_(problem.temperature), amount_(problem.strong_amount), memory_(memory), lane_(lane) {}
 
-  __device__ void clear() {
+  // Two rows ahead of the consumers, which say when they have `used` what was `prepared`.
+  __device__ void serve(uint64_t (&prepared)[2], uint64_t (&used)[2], uint32_t first_row, uint32_t row_step) {
     for (int i = lane_; i < kScoutBins; i += 32) memory_->scout_bins[i] = 0;
     __syncwarp();
-  }
-  __device__ void look_ahead(uint32_t row, int buffer) {
-    const Window<T> window = look(row);
-    if (lane_ == 0) memory_->scouted[buffer] = window;
+    int n = 0;
+    for (uint32_t row = first_row; row < uint32_t(p_.rows); row += row_step, n++) {
+      const int b = n & 1;
+      barrier_wait(shared_address(&used[b]), (n >> 1 & 1) ^ 1);
+      if (static_cast<const float*>(p_.row_scale)[row] != 0) {
+        const Window<T> window = look(row);
+        if (lane_ == 0) memory_->scouted[b] = window;
+      }
+      __syncwarp();
+      if (lane_ == 0) barrier_arrive(shared_address(&prepared[b]));
+    }
   }
 
  private:
@@ -139,7 +147,7 @@ class Scout {
     top = warp_max(top), bottom = -warp_max(bottom);
     const bool mass = by_mass(p_);
     const float temperature = p_.temperatures ? static_cast<const float*>(p_.temperatures)[row] : temperature_;
-    const float k = kLog2Ef / temperature, width = temperature * 0.125f;
+    const float k = kLog2Ef / temperature, width = temperature * 0.25f;
     if (!isfinite(top) || !isfinite(bottom)) return Window<T>::at(kLeastImage<T>, -__builtin_inff(), 1, __builtin_nanf(""));
     if (!(top > bottom)) return Window<T>::at(rounded_image<T>(top), top, width, top);
 
@@ -182,11 +190,9 @@ class Scout {
     }
     int low_bin = kScoutBins;
 #pragma unroll
-    for (int i = each_bins - 1; i >= 0; i--) {
-      float to_here = before;
-#pragma unroll
-      for (int j = 0; j <= i; j++) to_here += held[j];
-      if (to_here >= enough) low_bin = lane_ * each_bins + i;
+    for (int i = 0; i < each_bins; i++) {
+      before += held[i];
+      if (before >= enough) low_bin = min(low_bin, lane_ * each_bins + i);
     }
     low_bin = __reduce_min_sync(kAllLanes, low_bin);
     const float low = low_bin == kScoutBins ? bottom : top - (low_bin + 1) / step;
@@ -285,7 +291,7 @@ class SelectTotals {
       if (mass_ && counts[i]) {
         const float value =
             coarse ? window_.coarse + (bin + 0.5f) * width : value_at<T>(window_.low + (uint32_t(bin) << kSpareBits<T>));
-        held[i] *= Math::exp2(fminf((value - window_.reference) * k, 100));
+        held[i] *= Math::exp2(fminf(fmaf(value, k, -(window_.reference * k)), 100));  // as count_window's masses
       }
       mine += held[i];
     }

@@ -1,5 +1,5 @@
 // What a sweep over a split vocabulary adds to a row sweep: which columns are strong. The set is the label's column, a
-// threshold on the teacher's logits (select.cuh), or a mask, of which a bit a column is kept in shared memory.
+// threshold on the teacher's logits (select.cuh), or a mask, which comes through the ring with the logits.
 #pragma once
 #include "select.cuh"
 
@@ -10,10 +10,11 @@ enum class Split { label, threshold, given };
 // Shared memory of a split kernel beside the ring's and the exchange's.
 template <class T>
 struct SplitMemory {
-  float of_blocks[2][16][ExchangeMemory::kMaxBlocks];  // what blocks send each other of their statistics
+  float of_blocks[2][9][ExchangeMemory::kMaxBlocks];  // what blocks send each other of their statistics
+  float strong_of_warps[2][3][ExchangeMemory::kMaxWarps];  // of the rows in flight
   SelectMemory<T> select;
   uint64_t sent[2];
-  // What a warp of its own prepares of a row ahead of the consumers, in two buffers: a window, or a mask's bits.
+  // A select's first windows, which a warp of its own prepares ahead of the consumers.
   uint64_t prepared[2], used[2];
 
   __device__ void init(int warps) {
@@ -24,72 +25,10 @@ struct SplitMemory {
   }
 };
 
-// Dynamic shared memory ahead of the ring: the counts of a select, or two rows' bits of a mask.
-constexpr int split_bytes(StrongSetId strong, int blocks, int share) {
-  switch (strong) {
-    case StrongSetId::top_k:
-    case StrongSetId::top_p: return select_bytes(blocks);
-    case StrongSetId::given: return (2 * (share / 8) + 127) / 128 * 128;
-    default: return 0;
-  }
+// Dynamic shared memory ahead of the ring: the counts of a select.
+constexpr int split_bytes(StrongSetId strong, int blocks) {
+  return strong == StrongSetId::top_k || strong == StrongSetId::top_p ? select_bytes(blocks) : 0;
 }
-
-// The warp that prepares rows.
-template <class T, Split Kind>
-class Prepare {
- public:
-  __device__ Prepare(const ClusterProblem& problem, SplitMemory<T>* memory, uint8_t* bits, int rank, int lane)
-      : problem_(problem), p_(problem.rows), memory_(memory), bits_(bits), rank_(rank), lane_(lane) {}
-
-  __device__ void serve(uint32_t first_row, uint32_t row_step) {
-    if constexpr (Kind == Split::label) return;
-    Scout<T> scout(problem_, &memory_->select, lane_);
-    if constexpr (Kind == Split::threshold) scout.clear();
-    int n = 0;
-    for (uint32_t row = first_row; row < uint32_t(p_.rows); row += row_step, n++) {
-      const int b = n & 1;
-      barrier_wait(shared_address(&memory_->used[b]), (n >> 1 & 1) ^ 1);
-      if (static_cast<const float*>(p_.row_scale)[row] != 0) {
-        if constexpr (Kind == Split::threshold)
-          scout.look_ahead(row, b);
-        else
-          keep_mask(row, b);
-      }
-      __syncwarp();
-      if (lane_ == 0) barrier_arrive(shared_address(&memory_->prepared[b]));
-    }
-  }
-
- private:
-  // The mask's bits of this block's columns.
-  __device__ void keep_mask(uint32_t row, int buffer) const {
-    const uint8_t* mask = p_.strong.mask + row_offset(p_.strong.mask_rows, row);
-    const int vocab = int(p_.vocab_size), phase = phase_of(row_begin<T>(p_.student, row));
-    const int begin = rank_ * problem_.share - phase, columns = min(problem_.share, vocab - begin);
-    uint16_t* bits = reinterpret_cast<uint16_t*>(bits_ + buffer * (problem_.share / 8));
-#pragma unroll 8
-    for (int at = lane_ * 16; at < columns; at += 32 * 16) {
-      const int from = begin + at;
-      uint32_t packed = 0;
-      if (from >= 0 && from + 16 <= vocab && reinterpret_cast<uintptr_t>(mask + from) % 16 == 0) {
-        const uint4 v = __ldg(reinterpret_cast<const uint4*>(mask + from));
-        packed = four_bits(v.x) | four_bits(v.y) << 4 | four_bits(v.z) << 8 | four_bits(v.w) << 12;
-      } else {
-        for (int i = 0; i < 16; i++)
-          if (from + i >= 0 && from + i < vocab && mask[from + i]) packed |= 1u << i;
-      }
-      bits[at / 16] = uint16_t(packed);
-    }
-  }
-  // Of four bytes that are 0 or 1.
-  static __device__ __forceinline__ uint32_t four_bits(uint32_t bytes) { return bytes * 0x10204080u >> 28; }
-
-  const ClusterProblem& problem_;
-  const RowProblem& p_;
-  SplitMemory<T>* memory_;
-  uint8_t* bits_;
-  const int rank_, lane_;
-};
 
 template <class T, Split Kind_, class Base>
 class SplitSweep : public Base {
@@ -120,8 +59,8 @@ class SplitSweep : public Base {
   static constexpr Split Kind = Kind_;
 
   __device__ SplitSweep(const ClusterProblem& problem, const Ring<T>& ring, const Exchange& exchange, int blocks, int rank,
-                        SplitMemory<T>* memory, const uint8_t* bits)
-      : Base(problem, ring, exchange, blocks, rank), memory_(memory), bits_(bits) {}
+                        SplitMemory<T>* memory)
+      : Base(problem, ring, exchange, blocks, rank), memory_(memory) {}
 
  protected:
   // All rows of this cluster. Where the ring holds two rows, the exchanges of one hide behind the sweeps of the other:
@@ -168,7 +107,6 @@ class SplitSweep : public Base {
 
   // Before the first sweep that asks for strong columns.
   __device__ __forceinline__ void settle(InFlight& at) {
-    if constexpr (Kind == Split::given) wait_prepared(at);
     if constexpr (Kind == Split::threshold) {
       at.threshold = -__builtin_inff();
       while (at.counts && !everything()) {
@@ -180,29 +118,33 @@ class SplitSweep : public Base {
       done_with_prepared(at);
     }
   }
-  // After the last one.
-  __device__ __forceinline__ void leave(const InFlight& at) {
-    if constexpr (Kind == Split::given) done_with_prepared(at);
-  }
-
   // Before every sweep that asks for strong columns.
   __device__ __forceinline__ void set_split(const InFlight& at, int label) {
     if constexpr (Kind == Split::threshold) threshold_ = at.threshold;
     if constexpr (Kind == Split::label) strong_label_ = label + low_;
-    if constexpr (Kind == Split::given) row_bits_ = bits_ + at.buffer * (problem_.share / 8) - rank_ * problem_.share / 8;
   }
   // The column that a sweep must take in its special form; -1: none.
   __device__ __forceinline__ int split_column() const { return Kind == Split::label ? strong_label_ : -1; }
 
-  // Of G columns; asked for once each.
-  __device__ __forceinline__ uint32_t mask_bits(int column) const {
-    if constexpr (Kind == Split::given) return uint32_t(row_bits_[column / 8]) >> (column % 8);
-    return 0;
+  // The mask's bytes of G columns, loaded once for all.
+  struct Bytes {
+    uint32_t words[G / 4] = {};
+  };
+  __device__ __forceinline__ Bytes mask_bytes(int column) const {
+    Bytes bytes;
+    if constexpr (Kind == Split::given) {
+      const uint32_t at = this->mask_ + uint32_t(column);
+      if constexpr (G == 8)
+        asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(bytes.words[0]), "=r"(bytes.words[1]) : "r"(at));
+      else
+        asm volatile("ld.shared.b32 %0, [%1];" : "=r"(bytes.words[0]) : "r"(at));
+    }
+    return bytes;
   }
   template <bool Special>
-  __device__ __forceinline__ bool strong(float y, int column, uint32_t bits, int i) const {
+  __device__ __forceinline__ bool strong(float y, int column, const Bytes& bytes, int i) const {
     if constexpr (Kind == Split::threshold) return y >= threshold_;
-    if constexpr (Kind == Split::given) return bits >> i & 1;
+    if constexpr (Kind == Split::given) return bytes.words[i / 4] >> (i % 4 * 8) & 1;
     return Special && column + i == strong_label_;
   }
 
@@ -317,8 +259,6 @@ class SplitSweep : public Base {
   SplitMemory<T>* memory_;
 
  private:
-  const uint8_t* bits_;
-  const uint8_t* row_bits_ = nullptr;
   float threshold_ = 0;
   int strong_label_ = -1;
 };

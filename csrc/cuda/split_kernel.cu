@@ -13,7 +13,7 @@ using DecoupledThreshold = DecoupledSweep<T, Split::threshold>;
 template <class T>
 using DecoupledGiven = DecoupledSweep<T, Split::given>;
 
-// consumers + 96 threads: the last warps copy, add up totals, and prepare the split of rows to come.
+// consumers + 96 threads: the last warps copy, add up totals, and look ahead for the windows of selects.
 template <class T, template <class> class Sweep>
 __global__ void __launch_bounds__(kMaxConsumers + 96, 1) split_cluster(const __grid_constant__ ClusterProblem problem) {
   extern __shared__ __align__(128) unsigned char shared[];
@@ -26,10 +26,10 @@ __global__ void __launch_bounds__(kMaxConsumers + 96, 1) split_cluster(const __g
   const uint32_t first_row = blockIdx.x / blocks, row_step = gridDim.x / blocks;
 
   Ring<T> ring;
-  ring.slots = kept(shared_address(shared + split_bytes(problem.rows.strong.id, blocks, problem.share)));
+  ring.slots = kept(shared_address(shared + split_bytes(problem.rows.strong.id, blocks)));
   ring.headers = headers;
   ring.full = kept(shared_address(full)), ring.empty = kept(shared_address(empty));
-  ring.slot_columns = problem.slot_columns, ring.count = problem.slots;
+  ring.slot_columns = problem.slot_columns, ring.count = problem.slots, ring.slot_bytes = problem.slot_bytes;
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < ring.count; i++) barrier_init(ring.full_barrier(i), 1), barrier_init(ring.empty_barrier(i), warps);
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kMaxConsumers + 96, 1) split_cluster(const __g
   cluster_sync();
   if (warp < warps) {
     const Exchange exchange{&exchange_memory, warps, warp, lane};
-    Sweep<T>(problem, ring, exchange, blocks, rank, &split_memory, shared).consume(first_row, row_step);
+    Sweep<T>(problem, ring, exchange, blocks, rank, &split_memory).consume(first_row, row_step);
   } else if (warp == warps) {
     if (lane == 0) ring.produce(problem, first_row, row_step, rank * problem.share);
     __syncwarp();
@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kMaxConsumers + 96, 1) split_cluster(const __g
     typename Sweep<T>::Totals(problem, ring, &exchange_memory, blocks, rank, warps, lane, &split_memory,
                               reinterpret_cast<uint32_t*>(shared))
         .serve();
-  } else {
-    Prepare<T, Sweep<T>::Kind>(problem, &split_memory, shared, rank, lane).serve(first_row, row_step);
+  } else if constexpr (Sweep<T>::Kind == Split::threshold) {
+    Scout<T>(problem, &split_memory.select, lane).serve(split_memory.prepared, split_memory.used, first_row, row_step);
   }
   cluster_sync();  // no block leaves while another may still store into it
 }

@@ -118,6 +118,7 @@ class RowSweep {
     for (int first = begin; first < end; first += ring_.slot_columns) {
       if constexpr (Wait) barrier_wait(ring_.full_barrier(slot), parity);
       limit_ = min(first + ring_.slot_columns, end);
+      mask_ = ring_.mask(slot) - uint32_t(first);
       const uint32_t address = ring_.student(slot) + mine_ * uint32_t(sizeof(T));
       const bool special = always_special || first < low_ || (limit_ - first) % (32 * G) != 0 ||
                            unsigned(special_column - first) < unsigned(limit_ - first);
@@ -514,6 +515,7 @@ class RowSweep {
   int slot_ = 0;
   uint32_t parity_ = 0;
   int columns_ = 0, low_ = 0, limit_ = 0;  // limit_: the end of the slot being swept
+  uint32_t mask_ = 0;                      // where that slot's mask lies, less its first column
   float scale_ = kLog2Ef;
   float kd_ = 0, ce_ = 0, hard_factor_ = 0, hard_reference_ = 0;
   int label_ = -1;
