@@ -34,12 +34,14 @@ from kdkernels.backends._triton_columns import (
 from kdkernels.backends._triton_divergences import (
     accurate,
     column,
+    normaliser_gap,
     plain_scales,
     student_minus_teacher,
     student_probability,
 )
-from kdkernels.backends._triton_math import LOG2E, exp2, fits, good, is_finite, sum2, sum4, two_product, two_sum
+from kdkernels.backends._triton_math import LOG2E, exp2, fits, good, is_finite, sum2, sum4
 from kdkernels.backends._triton_plain import UNBIAS, plain_gradient, plain_sums
+from kdkernels.backends._triton_select import strong_columns, threshold_of
 
 __all__ = ["Plan", "row_kernel"]
 
@@ -208,6 +210,37 @@ def _gradient(rows, gradient, constants, pivot, factors, ce, a, b, P: tl.constex
     return tl.sum(value, axis=0)
 
 
+# --- AdaptiveKL: a symmetric KL whose weight is the row's own ---
+
+
+@triton.jit
+def _apart_block(rows, columns, sums, threshold, constants, EDGE: tl.constexpr, P: tl.constexpr):
+    in_head, in_tail = sums
+    x, y, _ = logits(rows, columns, EDGE, P)
+    head = strong_columns(y, columns, (threshold, 0, 0), rows, EDGE, P)
+    apart = tl.abs(student_minus_teacher(column(x, y, constants)))
+    return in_head + fold(tl.where(head, apart, 0.0), P), in_tail + fold(tl.where(head, 0.0, apart), P)
+
+
+@triton.jit
+def _adaptive_weight(rows, refs, scales, sums, mass, P: tl.constexpr):
+    """The reverse KL's weight: the share of sum |p - q| that lies outside the teacher's top-p set of ``mass``."""
+    log2_scale, inv_temperature = scales
+    threshold = threshold_of(rows, log2_scale, mass, P)
+    shift, gap, gap_rest = normaliser_gap(refs[0], refs[1], tl.log(tl.div_rn(sums[1], sums[0])), inv_temperature)
+    constants = refs + (shift, inv_temperature, log2_scale, gap, gap_rest, 1.0 / sums[0], 1.0 / sums[1])
+    zero = tl.zeros((P.BLOCK // CHUNK,), tl.float32)
+    apart = zero, zero
+    for i in range(blocks_at_edges(rows, P)):
+        apart = _apart_block(rows, edge(i, rows, P), apart, threshold, constants, True, P)
+    for i in tl.range(0, blocks_inside(rows, P), num_stages=P.STAGES):
+        apart = _apart_block(rows, inside(i, rows, False, P), apart, threshold, constants, False, P)
+    in_head, in_tail = sum2(apart[0], apart[1])
+    both = in_head + in_tail
+    # Never quite 1: nothing times an infinite forward KL would be NaN.
+    return tl.where(both > 0, tl.minimum(in_tail / both, 1.0 - 6e-8), 0.0)
+
+
 @triton.jit
 def hard_gradient(rows, gradient, student_ref, by_q, ce, P: tl.constexpr):
     """The cross-entropy's gradient alone."""
@@ -299,11 +332,7 @@ def _divergence(rows, gradient, refs, scales, sums, top, kd, ce, a, b, by_ce, P:
                 plain_gradient(rows, gradient, refs, plain_scale, (by_slope, by_q, by_other), ce, a, b, P)
 
     if is_plain == 0:
-        origin = teacher_ref - student_ref
-        shift = (origin * 0.25).to(tl.int32).to(tl.float32) * 4.0
-        product, product_rest = two_product(origin - shift, inv_temperature)
-        gap, gap_rest = two_sum(product, log_of_sums)
-        gap_rest += product_rest
+        shift, gap, gap_rest = normaliser_gap(student_ref, teacher_ref, log_of_sums, inv_temperature)
         log_sums = tl.log(student_sum), tl.log(teacher_sum)
         normalisers = inv_student_sum, inv_teacher_sum, log_sums[0], log_sums[1]
         start = student_ref, teacher_ref, shift, inv_temperature, log2_scale, gap
@@ -390,9 +419,7 @@ def row_kernel(
             label = tl.load(labels + row)
             is_good = is_good & (label >= 0) & (label < vocab_size)
             there = tl.minimum(tl.maximum(label, 0), vocab_size - 1)
-            label_logit = logit_at(
-                student, there, begin, student_scale, student_cap, tl.constexpr(P.STUDENT_TRANSFORM)
-            )
+            label_logit = logit_at(student, there, begin, student_scale, student_cap, tl.constexpr(P.STUDENT_TRANSFORM))
 
         student_ref = sample(student, begin, end, student_scale, student_cap, tl.constexpr(P.STUDENT_TRANSFORM))
         teacher_ref = sample(teacher, begin, end, teacher_scale, teacher_cap, tl.constexpr(P.TEACHER_TRANSFORM))
@@ -418,6 +445,8 @@ def row_kernel(
             ce = of_ce, by_hard, student_ref, label
             sums = student_sum, teacher_sum, teacher_gap, student_gap
             scales = log2_scale, inv_temperature
+            if P.STRONG == "top_p":
+                a = _adaptive_weight(rows, refs, scales, sums, a, P)
             value = _divergence(rows, gradient, (student_ref, teacher_ref), scales, sums, top, kd, ce, a, b, by_ce, P)
             if P.GRADIENT and not P.DIVERGENCE_IN_GRADIENT:
                 hard_gradient(rows, gradient, student_ref, by_ce / student_sum, ce, P)
