@@ -1,8 +1,8 @@
-"""The Triton kernel of the decoupled divergences: selection -> statistics -> (refinement) -> gradient, one program a row.
+"""The Triton kernel of the decoupled divergences: selection -> statistics -> (refinement) -> gradient.
 
-bcd·BCD + w_S·SCD + w_W·WCD over a set S of the row's columns and the rest W (kdkernels.divergences.Decoupled). Every sum
-is kept for each set by itself, against references of its own where the sets lie far apart, so that a set with next to
-no mass has the digits of any other. The two sets meet in one number alone: the log-odds' gap
+bcd·BCD + w_S·SCD + w_W·WCD over a set S of the row's columns and the rest W (kdkernels.divergences.Decoupled), one
+program a row. Every sum is kept for each set by itself, against references of its own where the sets lie far apart, so
+that a set with next to no mass has the digits of any other. The two sets meet in one number alone, the log-odds' gap
 
     lambda = log(P_S/P_W) - log(Q_S/Q_W),
 

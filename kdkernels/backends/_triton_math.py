@@ -148,6 +148,10 @@ def two_product(a, b):
     return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
 
 
+# Sums of several blocks, through one exchange between the warps. The interpreter, which would walk such a reduction
+# number by number, adds them up one block after the other.
+
+
 @triton.jit
 def _add2(a0, a1, b0, b1):
     return a0 + b0, a1 + b1
@@ -159,23 +163,29 @@ def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
 
 
 @triton.jit
-def sum2(a, b):
-    """The sums of two blocks, through one exchange between the warps."""
-    return tl.reduce((a, b), 0, _add2)
-
-
-@triton.jit
-def sum4(a, b, c, d):
-    """The sums of four blocks, through one exchange between the warps."""
-    return tl.reduce((a, b, c, d), 0, _add4)
-
-
-@triton.jit
 def _add8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
 
 
 @triton.jit
+def sum2(a, b):
+    if INTERPRETED:
+        return tl.sum(a, axis=0), tl.sum(b, axis=0)
+    else:
+        return tl.reduce((a, b), 0, _add2)
+
+
+@triton.jit
+def sum4(a, b, c, d):
+    if INTERPRETED:
+        return sum2(a, b) + sum2(c, d)
+    else:
+        return tl.reduce((a, b, c, d), 0, _add4)
+
+
+@triton.jit
 def sum8(blocks):
-    """The sums of eight blocks, through one exchange between the warps."""
-    return tl.reduce(blocks, 0, _add8)
+    if INTERPRETED:
+        return sum4(blocks[0], blocks[1], blocks[2], blocks[3]) + sum4(blocks[4], blocks[5], blocks[6], blocks[7])
+    else:
+        return tl.reduce(blocks, 0, _add8)

@@ -1,4 +1,4 @@
-"""Strong sets in the Triton kernels: which of a row's columns are in S, and the threshold that top-k and top-p stand for.
+"""Strong sets in the Triton kernels: which of a row's columns are in S, and the threshold that top-k and top-p mean.
 
 The threshold is found by narrowing a bracket: one sweep over the teacher's row measures what lies above each of PIVOTS
 logits, a count for top-k and a mass for top-p. Logits are bracketed by their place in the order of fp32 numbers, an
@@ -244,14 +244,14 @@ def threshold_of(rows, log2_scale, amount, P: tl.constexpr):
             total = nothing + (rows[3] - rows[2])
             target = nothing + amount
         low, high, at_low = _narrowed(low, _place(top, P) + 1, total, pivots, measures, target)
-        bound, _ = _search(largest, _weights(largest, ref, log2_scale, P), target, low, high, 64, P)
+        bound, _bound_end = _search(largest, _weights(largest, ref, log2_scale, P), target, low, high, 64, P)
         is_bound = bound > low
         # A bound's own measure is not known.
         at_low = tl.where(is_bound, -1.0, at_low)
         low = bound
         while _is_open(low, high, at_low, target, P):
             places = _choose(is_bound, _near_pivots(low, high, P), _even_pivots(low, high))
-            counted, _, below, smallest = _measure(rows, places, low, high, ref, log2_scale, True, P)
+            counted, _again, below, smallest = _measure(rows, places, low, high, ref, log2_scale, True, P)
             if P.ORDER_SHIFT == 0:
                 # Nothing lies between the bracket's ends and its outermost logits.
                 outer_low = _place(-smallest, P)
