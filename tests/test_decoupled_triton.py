@@ -75,29 +75,31 @@ def test_the_family(make, dtype):
     ("width", "dtype"), [(1, torch.float32), (7, torch.bfloat16), (300, torch.float16), (1024, torch.bfloat16)], ids=str
 )
 def test_widths(make, width, dtype):
-    student, teacher = logits_pair(2, width, dtype=dtype)
-    against_reference(student, teacher, labels_for(2, width), divergence=make(width), reduction="sum")
+    student, teacher = logits_pair(1, width, dtype=dtype)
+    against_reference(student, teacher, labels_for(1, width), divergence=make(width), reduction="sum")
 
 
 @EACH_KIND
-@pytest.mark.parametrize("temperature", [0.2, 5.0, torch.tensor([0.5, 7.0])], ids=["0.2", "5", "per row"])
-def test_temperatures_labels_and_weights(make, temperature):
-    for dtype in (torch.float32, torch.bfloat16):
-        student, teacher = logits_pair(2, 300, dtype=dtype)
-        options = {"divergence": make(300), "temperature": temperature, "kd_weight": 0.7, "ce_weight": 0.3}
-        weight = torch.tensor([2.0, 0.5])
-        against_reference(student, teacher, labels_for(2, 300), weight=weight, **options)
+@pytest.mark.parametrize(
+    ("temperature", "dtype"),
+    [(0.2, torch.bfloat16), (5.0, torch.float32), (torch.tensor([0.5, 7.0]), torch.bfloat16)],
+    ids=["0.2", "5", "per row"],
+)
+def test_temperatures_labels_and_weights(make, temperature, dtype):
+    student, teacher = logits_pair(2, 300, dtype=dtype)
+    options = {"divergence": make(300), "temperature": temperature, "kd_weight": 0.7, "ce_weight": 0.3}
+    weight = torch.tensor([2.0, 0.5])
+    against_reference(student, teacher, labels_for(2, 300), weight=weight, **options)
 
 
 @EACH_KIND
-@EACH_DTYPE
-def test_models_that_nearly_agree(make, dtype):
-    for noise in (1e-3, 3e-2):
-        student, teacher = logits_pair(2, 300, noise=noise, dtype=dtype)
-        against_reference(student, teacher, labels_for(2, 300), divergence=make(300))
+@pytest.mark.parametrize(("noise", "dtype"), [(1e-3, torch.float32), (0.1, torch.float32), (0.3, torch.bfloat16)])
+def test_models_that_nearly_agree(make, noise, dtype):
+    student, teacher = logits_pair(1, 300, noise=noise, dtype=dtype)
+    against_reference(student, teacher, labels_for(1, 300), divergence=make(300))
 
 
-@EACH
+@EACH_KIND
 def test_teacher_is_student(make):
     student, _ = logits_pair(1, 300)
     loss, gradient = gradient_of(student, student.clone(), labels_for(1, 300), divergence=make(300), temperature=1.3)
@@ -140,10 +142,9 @@ def test_a_weak_set_beyond_the_range_of_one_reference(gap):
 
 
 @EACH_KIND
-@EACH_DTYPE
-def test_extreme_logits(make, dtype):
+def test_extreme_logits(make):
     generator = torch.Generator().manual_seed(0)
-    student, teacher = ((1e4 * (2 * torch.rand(2, 300, generator=generator) - 1)).to(dtype) for _ in range(2))
+    student, teacher = (1e4 * (2 * torch.rand(2, 300, generator=generator) - 1) for _ in range(2))
     teacher[1] = student[1]
     teacher[1, ::2] += 64.0
     against_reference(student, teacher, labels_for(2, 300), divergence=make(300), slack=2)
@@ -164,7 +165,7 @@ def strong_mass(teacher, strong, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_top_k(k, dtype):
     # Logits so close that every token counts: one more or less would show.
-    _, teacher = logits_pair(3, 300, spread=0.3, dtype=dtype)
+    _, teacher = logits_pair(1, 300, spread=0.3, dtype=dtype)
     actual, expected, _ = strong_mass(teacher, kd.TopK(k))
     assert_near("mass", actual, expected, 1e-6)
 
@@ -207,10 +208,10 @@ def test_a_threshold_far_from_the_sample():
 
 
 def test_threshold_of_transformed_logits():
-    student, teacher = logits_pair(2, 300, spread=20.0, dtype=torch.bfloat16)
+    student, teacher = logits_pair(1, 300, spread=5.0, dtype=torch.bfloat16)
     for strong in (kd.TopK(9), kd.TopP(0.5)):
         divergence = kd.CAKD(0.5, 2.0, strong)
-        for options in ({"teacher_logit_scale": 0.3}, {"teacher_softcap": 5.0, "student_softcap": 30.0}):
+        for options in ({"teacher_logit_scale": 0.3}, {"teacher_softcap": 30.0, "student_softcap": 9.0}):
             against_reference(student, teacher, divergence=divergence, temperature=2.0, reduction="sum", **options)
 
 
@@ -226,7 +227,8 @@ def test_masks_of_every_shape():
     for mask in masks:
         divergence = kd.CAKD(1.0, 2.0, kd.Given(mask))
         against_reference(student, teacher, divergence=divergence)
-        against_reference(student[:, 1:], teacher[:, 1:], divergence=kd.CAKD(1.0, 2.0, kd.Given(mask[:, 1:])))
+    cut = kd.CAKD(1.0, 2.0, kd.Given(masks[0][:, 1:]))
+    against_reference(student[:, 1:], teacher[:, 1:], divergence=cut)
 
 
 # --- What is no number, and what does not count ---
@@ -253,7 +255,7 @@ def test_an_infinite_term_is_never_nan(dtype):
         assert loss.item() == torch.inf
         assert not gradient.isnan().any()
     # Nothing of what is infinite counts.
-    for divergence in (kd.Decoupled(alone, 0.0, 0.0), kd.DKD(0.0, 1.0)):
+    for divergence in (kd.Decoupled(alone, 0.0, 0.0), kd.Decoupled(kd.Label(), 0.0, 0.0)):
         loss, _ = gradient_of(student, teacher, label, divergence=divergence)
         assert loss.isfinite()
 
@@ -272,10 +274,9 @@ def test_sets_without_the_teachers_mass(dtype):
 
 
 @EACH_KIND
-@EACH_DTYPE
-def test_nan_stays_in_its_row(make, dtype):
+def test_nan_stays_in_its_row(make):
     for side, column in ((0, 299), (1, 100)):
-        pair = logits_pair(3, 300, dtype=dtype)
+        pair = logits_pair(3, 300, dtype=torch.bfloat16)
         pair[side][1, column] = torch.nan
         loss, gradient = gradient_of(*pair, torch.tensor([3, 299, 7]), divergence=make(300), reduction="none")
         assert loss.isnan().tolist() == [False, True, False]
@@ -312,10 +313,9 @@ def test_rows_that_do_not_count_are_not_read(make):
 
 
 @EACH
-@EACH_DTYPE
-def test_stats(make, dtype):
-    student, teacher = logits_pair(2, 300, dtype=dtype)
-    actual, expected = stats_of(student, teacher, labels_for(2, 300), divergence=make(300), temperature=2.0)
+def test_stats(make):
+    student, teacher = logits_pair(1, 300, dtype=torch.bfloat16)
+    actual, expected = stats_of(student, teacher, labels_for(1, 300), divergence=make(300), temperature=2.0)
     for name, ours, exact in zip(actual._fields, actual, expected, strict=True):
         if exact is not None:
             assert_near(name, ours, exact, 2e-6)
@@ -335,12 +335,12 @@ def test_padding(make, dtype):
 
 @EACH_KIND
 def test_rows_of_any_alignment(make):
-    student, teacher = logits_pair(2, 3, 607, dtype=torch.bfloat16)
-    labels = labels_for(6, 600).view(2, 3)
+    student, teacher = logits_pair(2, 2, 607, dtype=torch.bfloat16)
+    labels = labels_for(4, 600).view(2, 2)
     for cut in (lambda x: x[:, 1:, :600], lambda x: x[..., 3:603]):
         divergence = make(600)
         against_reference(cut(student), cut(teacher), labels[:, -cut(student).shape[1] :], divergence=divergence)
-    against_reference(student[..., :600], teacher[..., 1:601], labels, divergence=make(600))
+    against_reference(student[:1, :1, :600], teacher[:1, :1, 1:601], labels[:1, :1], divergence=make(600))
 
 
 @EACH_KIND
@@ -393,7 +393,9 @@ def test_mixed_dtypes_and_no_gradient(make):
 def test_adaptive_kl_of_all_mass_is_forward_kl():
     student, teacher = logits_pair(2, 300)
     teacher[:, 7] = -torch.inf  # an infinite reverse KL, whose weight is 0
-    against_reference(student, teacher, divergence=kd.AdaptiveKL(1.0))
+    actual, expected = (gradient_of(student, teacher, divergence=d) for d in (kd.AdaptiveKL(1.0), kd.ForwardKL()))
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
 
 
 def test_counts_beyond_fp32_are_refused():

@@ -251,8 +251,12 @@ def fill(gradient, begin, end, number, P: tl.constexpr):
 
 @triton.jit
 def log_ratio(x, y, origin):
-    """(y - x) - origin, LEAST where the teacher gives no mass."""
-    return tl.maximum((y - x) - origin, LEAST)
+    """(y - x) - origin, LEAST where the teacher gives no mass, or neither model."""
+    ratio = (y - x) - origin
+    if INTERPRETED:  # where the larger of NaN and a number is NaN
+        return tl.where(ratio > LEAST, ratio, LEAST)
+    else:
+        return tl.maximum(ratio, LEAST)
 
 
 @triton.jit
