@@ -57,7 +57,8 @@ def strong_columns(y, columns, choice, rows, EDGE: tl.constexpr, P: tl.constexpr
 def _place(y, P: tl.constexpr):
     """An integer that grows with y, a scalar; neighbours of the teacher's type are neighbours here."""
     bits = y.to(tl.int32, bitcast=True)
-    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> P.ORDER_SHIFT).to(tl.int64)
+    place = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> P.ORDER_SHIFT
+    return place.to(tl.int64) if P.ORDER_SHIFT == 0 else place  # 32 bits hold no difference of two of 32 bits
 
 
 @triton.jit
@@ -74,10 +75,10 @@ def _number(place, P: tl.constexpr):
 @triton.jit
 def _even_pivots(low, high):
     """Places above low and up to high, evenly spaced: all there are if they are few."""
-    pivots = (tl.minimum(tl.maximum(low + (high - low) // (PIVOTS + 1), low + 1), high),)
+    step = (high - low + PIVOTS) // (PIVOTS + 1)
+    pivots = (tl.minimum(low + step, high),)
     for j in tl.static_range(1, PIVOTS):
-        place = tl.maximum(low + (high - low) * (j + 1) // (PIVOTS + 1), low + j + 1)
-        pivots = pivots + (tl.minimum(place, high),)
+        pivots = pivots + (tl.minimum(low + step * (j + 1), high),)
     return pivots
 
 
@@ -157,9 +158,10 @@ def _measure_block(rows, columns, sums, numbers, bracket, ref, log2_scale, EDGE:
         total += fold(weights, P)
     else:
         weights = 1.0  # no pivot is -inf, so that what lies outside the row is never above one
-    more = (above[0] + fold(tl.where(y >= numbers[0], weights, 0.0), P),)
+    # A product, not a choice: two instructions a pivot instead of three.
+    more = (above[0] + fold(tl.where(y >= numbers[0], 1.0, 0.0) * weights, P),)
     for j in tl.static_range(1, PIVOTS):
-        more = more + (above[j] + fold(tl.where(y >= numbers[j], weights, 0.0), P),)
+        more = more + (above[j] + fold(tl.where(y >= numbers[j], 1.0, 0.0) * weights, P),)
     largest = tl.maximum(largest, fold_max(tl.where(y < high, y, float("-inf")), P))
     if P.ORDER_SHIFT == 0:
         smallest = tl.maximum(smallest, fold_max(tl.where(y >= low, -y, float("-inf")), P))
@@ -207,9 +209,10 @@ def _first_pivots(rows, log2_scale, amount, P: tl.constexpr):
     _, last = _search(y, weights, share * total - error, low, high, SAMPLE_ROUNDS, P)
     # -inf is no pivot: what lies outside the row is not above one.
     first = tl.maximum(first, _place(0.0 * error + float("-inf"), P) + 1)
+    step = tl.maximum(last - first + PIVOTS - 2, 0) // (PIVOTS - 1)
     pivots = (first,)
     for j in tl.static_range(1, PIVOTS):
-        pivots = pivots + (tl.maximum(first + (last - first) * j // (PIVOTS - 1), first),)
+        pivots = pivots + (first + step * j,)
     return pivots, ref
 
 
