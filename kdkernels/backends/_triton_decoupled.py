@@ -39,17 +39,15 @@ from kdkernels.backends._triton_divergences import (
 from kdkernels.backends._triton_math import (
     LOG2E,
     exp2,
-    exponential,
     fits,
     good,
     is_finite,
-    log1p_and_chi,
-    psi,
     sum2,
     sum4,
 )
 from kdkernels.backends._triton_rows import NEAR, divergence_factors, hard_gradient, sample
 from kdkernels.backends._triton_select import strong_columns, threshold_of
+from kdkernels.backends._triton_terms import binary_term, inside_term, inverse, log_of_sums_of, masses, weighted
 
 # Nats of a set's own divergence from which its distributions are far apart: q̃ - p̃ then loses two digits at most.
 FAR_INSIDE = tl.constexpr(0.125)
@@ -149,73 +147,6 @@ def _references(rows, choice, P: tl.constexpr):
     return students, (_maximum(teacher_s), _maximum(teacher_w)), _maximum(tl.maximum(student_s, student_w))
 
 
-# --- From sums to the terms ---
-
-
-@triton.jit
-def _masses(sums, refs, inv_temperature):
-    """A model's masses of S and W, their logarithms; its reference and sum over the row."""
-    # A set without mass has no reference.
-    of_s = tl.where(sums[0] > 0, refs[0], refs[1])
-    of_w = tl.where(sums[1] > 0, refs[1], refs[0])
-    ref = tl.maximum(of_s, of_w)
-    from_s, from_w = (of_s - ref) * inv_temperature, (of_w - ref) * inv_temperature
-    in_s, in_w = tl.exp(from_s) * sums[0], tl.exp(from_w) * sums[1]
-    total = in_s + in_w
-    logs = from_s + tl.log(tl.div_rn(sums[0], total)), from_w + tl.log(tl.div_rn(sums[1], total))
-    return (in_s / total, in_w / total), logs, ref, total
-
-
-@triton.jit
-def _log_of_sums(student_sum, teacher_sum):
-    """log(teacher_sum / student_sum), exactly 0 where they are the same, 0 included."""
-    return tl.where(student_sum == teacher_sum, 0.0, tl.log(tl.div_rn(teacher_sum, student_sum)))
-
-
-@triton.jit
-def _kl_of_mass(p, q, d):
-    """p·d - p + q of two masses with d = log(p/q)."""
-    e, _, phi = exponential(-tl.abs(d))
-    of_larger_p = tl.where(phi == float("inf"), phi, p * phi)
-    return tl.where(d > 0, of_larger_p, q * psi(-tl.abs(d), e, phi))
-
-
-@triton.jit
-def _binary(odds_gap, p, q, log_p, log_q):
-    """BCD and D = Q_S - P_S from the log-odds' gap; p, q: the masses of S and W under teacher and student."""
-    _, em, _ = exponential(-tl.abs(odds_gap))
-    is_up = odds_gap > 0  # the teacher favours S
-    student_minus_teacher_s = tl.where(is_up, q[1] * p[0] * em, -q[0] * p[1] * em)
-    # P/Q - 1 of the set where it is negative, Q/P - 1 of the other.
-    of_s = tl.where(is_up, q[1], p[1]) * em
-    of_w = tl.where(is_up, p[0], q[0]) * em
-    near_s, _ = log1p_and_chi(of_s)
-    near_w, _ = log1p_and_chi(of_w)
-    # Where little is left of 1 + of_s, the masses' own logarithms are exact enough.
-    d_s = tl.where(of_s < -0.5, log_p[0] - log_q[0], tl.where(is_up, -near_s, near_s))
-    d_w = tl.where(of_w < -0.5, log_p[1] - log_q[1], tl.where(is_up, near_w, -near_w))
-    bcd = _kl_of_mass(p[0], q[0], d_s) + _kl_of_mass(p[1], q[1], d_w)
-    return bcd, student_minus_teacher_s
-
-
-@triton.jit
-def _inside_term(student_sum, teacher_sum, value):
-    """A set's own divergence, where it has one."""
-    value = tl.where(student_sum > 0, value, float("inf"))
-    return tl.where(teacher_sum > 0, value, 0.0)
-
-
-@triton.jit
-def _weighted(weight, term):
-    """0·inf is 0."""
-    return tl.where(weight != 0, weight * term, 0.0)
-
-
-@triton.jit
-def _inverse(total):
-    return tl.where(total > 0, 1.0 / total, 0.0)
-
-
 # --- Sets whose models are far apart: alpha·q - beta·p ---
 
 
@@ -257,7 +188,7 @@ def _constants(student_sum, teacher_sum, student_ref, teacher_ref, log_of_sums, 
     log_of_sums = tl.where(is_finite(log_of_sums), log_of_sums, 0.0)
     shift, gap, gap_rest = normaliser_gap(student_ref, teacher_ref, log_of_sums, inv_temperature)
     start = student_ref, teacher_ref, shift, inv_temperature, log2_scale, gap
-    return start, gap_rest, (_inverse(student_sum), _inverse(teacher_sum))
+    return start, gap_rest, (inverse(student_sum), inverse(teacher_sum))
 
 
 @triton.jit
@@ -357,14 +288,14 @@ def _divergence(
     student_refs, teacher_refs, _ = refs
     bcd_weight, s_weight, w_weight = weights
     WRITES: tl.constexpr = P.GRADIENT and P.DIVERGENCE_IN_GRADIENT
-    log_s = _log_of_sums(students[0], teachers[0])
-    log_w = _log_of_sums(students[1], teachers[1])
+    log_s = log_of_sums_of(students[0], teachers[0])
+    log_w = log_of_sums_of(students[1], teachers[1])
     origins = (teacher_refs[0] - student_refs[0]) - (teacher_refs[1] - student_refs[1])
     two_sets = (students[0] + teachers[0] > 0) & (students[1] + teachers[1] > 0)
     odds_gap = tl.where(two_sets, origins * inv_temperature + (log_s - log_w), 0.0)
-    bcd, difference = _binary(odds_gap, p, q, log_p, log_q)
-    scd = _inside_term(students[0], teachers[0], gaps[0] * _inverse(teachers[0]) * inv_temperature - log_s)
-    wcd = _inside_term(students[1], teachers[1], gaps[1] * _inverse(teachers[1]) * inv_temperature - log_w)
+    bcd, difference = binary_term(odds_gap, p, q, log_p, log_q)
+    scd = inside_term(students[0], teachers[0], gaps[0] * inverse(teachers[0]) * inv_temperature - log_s)
+    wcd = inside_term(students[1], teachers[1], gaps[1] * inverse(teachers[1]) * inv_temperature - log_w)
     # A set without a divergence of its own has no gradient from it.
     s_weight = tl.where(teachers[0] > 0, s_weight, 0.0)
     w_weight = tl.where(teachers[1] > 0, w_weight, 0.0)
@@ -374,7 +305,7 @@ def _divergence(
     of_pair = kd * bcd_weight * difference
     is_plain = bcd < 0
     if P.PLAIN != "none":
-        insides = _weighted(s_weight, scd) + _weighted(w_weight, wcd)
+        insides = weighted(s_weight, scd) + weighted(w_weight, wcd)
         is_plain = _far_inside(w_weight, wcd, log_w)
         if P.STRONG != "label":
             is_plain = is_plain & _far_inside(s_weight, scd, log_s)
@@ -384,10 +315,10 @@ def _divergence(
         )
         if is_plain:
             if WRITES:
-                by_q_s = (of_pair + kd * s_weight + by_ce * q[0]) * _inverse(students[0])
-                by_q_w = (kd * w_weight - of_pair + by_ce * q[1]) * _inverse(students[1])
-                by_p_s = kd * s_weight * _inverse(teachers[0])
-                by_p_w = kd * w_weight * _inverse(teachers[1])
+                by_q_s = (of_pair + kd * s_weight + by_ce * q[0]) * inverse(students[0])
+                by_q_w = (kd * w_weight - of_pair + by_ce * q[1]) * inverse(students[1])
+                by_p_s = kd * s_weight * inverse(teachers[0])
+                by_p_w = kd * w_weight * inverse(teachers[1])
                 _plain_gradient(rows, gradient, choice, refs, log2_scale, (by_q_s, by_q_w), (by_p_s, by_p_w), ce, P)
 
     if is_plain == 0:
@@ -406,15 +337,15 @@ def _divergence(
             over_w = tl.where((students[1] > 0) & (teachers[1] > 0), over_w, 0.0)
             rest_s -= over_s
             rest_w -= over_w
-            bcd, difference = _binary(odds_gap - (over_s - over_w), p, q, log_p, log_q)
+            bcd, difference = binary_term(odds_gap - (over_s - over_w), p, q, log_p, log_q)
             of_pair = kd * bcd_weight * difference
         constants = start_s, start_w, (rest_s, rest_w), inverses_s, inverses_w
         factors = (kd * s_weight, kd * w_weight), (of_pair + by_ce * q[0], by_ce * q[1] - of_pair)
         value_s, value_w = _accurate_sweep(rows, gradient, choice, constants, factors, ce, WRITES, P)
-        wcd = _inside_term(students[1], teachers[1], value_w)
+        wcd = inside_term(students[1], teachers[1], value_w)
         if P.STRONG != "label":
-            scd = _inside_term(students[0], teachers[0], value_s)
-    value = _weighted(bcd_weight, bcd) + _weighted(s_weight, scd) + _weighted(w_weight, wcd)
+            scd = inside_term(students[0], teachers[0], value_s)
+    value = weighted(bcd_weight, bcd) + weighted(s_weight, scd) + weighted(w_weight, wcd)
     return value, bcd, scd, wcd
 
 
@@ -537,8 +468,8 @@ def decoupled_kernel(
         if P.STRONG == "label":
             students = _of_label(student_label), students[1]
             teachers = _of_label(teacher_label), teachers[1]
-        q, log_q, student_ref, student_sum = _masses(students, refs[0], inv_temperature)
-        p, log_p, teacher_ref, teacher_sum = _masses(teachers, refs[1], inv_temperature)
+        q, log_q, student_ref, student_sum = masses(students, refs[0], inv_temperature)
+        p, log_p, teacher_ref, teacher_sum = masses(teachers, refs[1], inv_temperature)
         hard_ref = refs[2]
         if not P.OWN_HARD_SUM:
             hard_sum, hard_ref = student_sum, student_ref
