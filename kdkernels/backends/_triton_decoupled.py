@@ -303,7 +303,7 @@ def _divergence(
         s_weight = tl.where(students[0] > 0, 0.0, s_weight)
 
     of_pair = kd * bcd_weight * difference
-    is_plain = bcd < 0
+    is_plain = (bcd < 0) & (bcd > 0)  # never, as a number that the program computes
     if P.PLAIN != "none":
         insides = weighted(s_weight, scd) + weighted(w_weight, wcd)
         is_plain = _far_inside(w_weight, wcd, log_w)

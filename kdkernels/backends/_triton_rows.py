@@ -290,7 +290,7 @@ def _divergence(rows, gradient, refs, scales, sums, top, kd, ce, a, b, by_ce, P:
     WRITES: tl.constexpr = P.GRADIENT and P.DIVERGENCE_IN_GRADIENT
 
     value = forward
-    is_plain = forward < 0
+    is_plain = (forward < 0) & (forward > 0)  # never, as a number that the program computes
     if P.PLAIN != "none":
         is_plain = (forward >= (FAR_POWER if P.PLAIN == "power" else FAR)) & (forward < 1e5)
         is_plain = is_plain & (tl.abs(log_of_sums) <= 4.0 * forward)

@@ -88,7 +88,7 @@ def _near_pivots(low, high, P: tl.constexpr):
     WIDER: tl.constexpr = 3 if P.ORDER_SHIFT == 0 else 1
     pivots = (tl.minimum(low + 1, high),)
     for j in tl.static_range(1, PIVOTS):
-        pivots = pivots + (tl.minimum(low + (1 << (WIDER * j)), high),)
+        pivots = pivots + (tl.minimum(low + (1 << (WIDER * j)), high),)  # type: ignore[assignment]
     return pivots
 
 
@@ -104,7 +104,7 @@ def _choose(condition, these, those):
 def _numbers(pivots, P: tl.constexpr):
     numbers = (_number(pivots[0], P),)
     for j in tl.static_range(1, PIVOTS):
-        numbers = numbers + (_number(pivots[j], P),)
+        numbers = numbers + (_number(pivots[j], P),)  # type: ignore[assignment]
     return numbers
 
 
@@ -129,7 +129,7 @@ def _search(values, weights, target, low, high, ROUNDS: tl.constexpr, P: tl.cons
         numbers = _numbers(pivots, P)
         above = (tl.where(values >= numbers[0], weights, 0.0),)
         for j in tl.static_range(1, PIVOTS):
-            above = above + (tl.where(values >= numbers[j], weights, 0.0),)
+            above = above + (tl.where(values >= numbers[j], weights, 0.0),)  # type: ignore[assignment]
         low, high, at_low = _narrowed(low, high, at_low, pivots, sum8(above), target)
         rounds -= 1
     return low, high
@@ -161,7 +161,7 @@ def _measure_block(rows, columns, sums, numbers, bracket, ref, log2_scale, EDGE:
     # A product, not a choice: two instructions a pivot instead of three.
     more = (above[0] + fold(tl.where(y >= numbers[0], 1.0, 0.0) * weights, P),)
     for j in tl.static_range(1, PIVOTS):
-        more = more + (above[j] + fold(tl.where(y >= numbers[j], 1.0, 0.0) * weights, P),)
+        more = more + (above[j] + fold(tl.where(y >= numbers[j], 1.0, 0.0) * weights, P),)  # type: ignore[assignment]
     largest = tl.maximum(largest, fold_max(tl.where(y < high, y, float("-inf")), P))
     if P.ORDER_SHIFT == 0:
         smallest = tl.maximum(smallest, fold_max(tl.where(y >= low, -y, float("-inf")), P))
@@ -212,7 +212,7 @@ def _first_pivots(rows, log2_scale, amount, P: tl.constexpr):
     step = tl.maximum(last - first + PIVOTS - 2, 0) // (PIVOTS - 1)
     pivots = (first,)
     for j in tl.static_range(1, PIVOTS):
-        pivots = pivots + (first + step * j,)
+        pivots = pivots + (first + step * j,)  # type: ignore[assignment]
     return pivots, ref
 
 
