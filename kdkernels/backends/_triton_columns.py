@@ -33,6 +33,9 @@ class Plan(NamedTuple):
     DIMS: int  # leading dimensions, 1 to 4
     BLOCK: int
     STAGES: int  # of the loads' software pipeline; 1: none
+    STRONG: str = ""  # which StrongSet splits the row
+    ORDER_SHIFT: int = 0  # low bits of an fp32 number that are the same in all of the teacher's logits
+    TERM_WEIGHTS: bool = False  # a decoupled divergence's weights come as a tensor
 
 
 @triton.jit
@@ -49,6 +52,28 @@ def row_offset(row, sizes, strides, DIMS: tl.constexpr):
         at += row % sizes[0] * strides[1]
         row = row // sizes[0]
     return at + row * strides[0]
+
+
+@triton.jit
+def locate(row, pointers, sizes, strides, misalignment, P: tl.constexpr):
+    """Where a row of student, teacher and gradient starts, and the first column after that which is its own."""
+    student, teacher, gradient = pointers
+    of_student, of_teacher, of_gradient = strides
+    student += row_offset(row, sizes, of_student, tl.constexpr(P.DIMS))
+    teacher += row_offset(row, sizes, of_teacher, tl.constexpr(P.DIMS))
+    gradient_at = row_offset(row, sizes, of_gradient, tl.constexpr(P.DIMS))
+    begin = 0
+    if P.ALIGNMENT == "shifted":
+        begin = ((gradient_at + misalignment) % CHUNK).to(tl.int32)
+        student -= begin
+        teacher -= begin
+        gradient_at -= begin
+    gradient += gradient_at
+    if P.ALIGNMENT != "none":
+        student = tl.multiple_of(student, 16)
+        teacher = tl.multiple_of(teacher, 16)
+        gradient = tl.multiple_of(gradient, 16)
+    return student, teacher, gradient, begin
 
 
 @triton.jit
@@ -133,6 +158,23 @@ def logits(rows, columns, EDGE: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
+def teacher_logits(rows, columns, EDGE: tl.constexpr, P: tl.constexpr):
+    """The teacher's logits alone (see :func:`logits`)."""
+    teacher, begin, end = rows[1], rows[2], rows[3]
+    y, _ = transform(read(teacher, columns, begin, end, EDGE, P), rows[6], rows[7], tl.constexpr(P.TEACHER_TRANSFORM))
+    if EDGE:
+        y = tl.where((columns >= begin) & (columns < end), y, float("-inf"))
+    return y
+
+
+@triton.jit
+def logit_at(row, column, begin, scale, cap, KIND: tl.constexpr):
+    """One transformed logit of a row."""
+    z = tl.load(row + begin + column + tl.arange(0, 1)).to(tl.float32)
+    return tl.sum(transform(z, scale, cap, KIND)[0], axis=0)
+
+
+@triton.jit
 def blocks_inside(rows, P: tl.constexpr):
     """How many of a row's blocks lie inside it."""
     end = rows[3]
@@ -209,8 +251,12 @@ def fill(gradient, begin, end, number, P: tl.constexpr):
 
 @triton.jit
 def log_ratio(x, y, origin):
-    """(y - x) - origin, LEAST where the teacher gives no mass."""
-    return tl.maximum((y - x) - origin, LEAST)
+    """(y - x) - origin, LEAST where the teacher gives no mass, or neither model."""
+    ratio = (y - x) - origin
+    if INTERPRETED:  # where the larger of NaN and a number is NaN
+        return tl.where(ratio > LEAST, ratio, LEAST)
+    else:
+        return tl.maximum(ratio, LEAST)
 
 
 @triton.jit

@@ -21,6 +21,8 @@ from kdkernels.backends._triton_math import (
     log2,
     psi,
     reciprocal,
+    two_product,
+    two_sum,
 )
 
 #: How a divergence's plain form comes about. "linear": (1 - w)·KL(p‖q) + w·KL(q‖p), from the statistics alone.
@@ -34,6 +36,7 @@ PLAIN = {
     "skew_reverse_kl": "ratio",
     "total_variation": "ratio",
     "alpha_beta_sum_one": "power",
+    "decoupled": "linear",  # of each set; see _triton_decoupled
 }
 
 
@@ -50,6 +53,16 @@ def kernel_name(divergence: str, parameters: tuple[float, ...]) -> str:
         "sum_one": a + b == 1,
     }
     return "alpha_beta_" + next((name for name, applies in limits.items() if applies), "general")
+
+
+@triton.jit
+def normaliser_gap(student_ref, teacher_ref, log_of_sums, inv_temperature):
+    """Of :func:`column`'s row: the coarse part of the references' difference, and the gap in two numbers."""
+    origin = teacher_ref - student_ref
+    shift = (origin * 0.25).to(tl.int32).to(tl.float32) * 4.0
+    product, product_rest = two_product(origin - shift, inv_temperature)
+    gap, gap_rest = two_sum(product, log_of_sums)
+    return shift, gap, gap_rest + product_rest
 
 
 @triton.jit

@@ -15,6 +15,23 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Adding it rounds to an integer, which then lies in the lowest bits.
 ROUNDER = tl.constexpr(12582912.0)
+# Sums of exponentials in [1/LARGE, LARGE] (2^40) stand well against their reference.
+LARGE = tl.constexpr(1.0995e12)
+
+
+@triton.jit
+def is_finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def fits(total):
+    return (total >= 1 / LARGE) & (total <= LARGE)
+
+
+@triton.jit
+def good(total):
+    return (total > 0) & is_finite(total)
 
 
 @triton.jit
@@ -131,6 +148,10 @@ def two_product(a, b):
     return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
 
 
+# Sums of several blocks, through one exchange between the warps. The interpreter, which would walk such a reduction
+# number by number, adds them up one block after the other.
+
+
 @triton.jit
 def _add2(a0, a1, b0, b1):
     return a0 + b0, a1 + b1
@@ -142,12 +163,29 @@ def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
 
 
 @triton.jit
+def _add8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
+
+
+@triton.jit
 def sum2(a, b):
-    """The sums of two blocks, through one exchange between the warps."""
-    return tl.reduce((a, b), 0, _add2)
+    if INTERPRETED:
+        return tl.sum(a, axis=0), tl.sum(b, axis=0)
+    else:
+        return tl.reduce((a, b), 0, _add2)
 
 
 @triton.jit
 def sum4(a, b, c, d):
-    """The sums of four blocks, through one exchange between the warps."""
-    return tl.reduce((a, b, c, d), 0, _add4)
+    if INTERPRETED:
+        return sum2(a, b) + sum2(c, d)
+    else:
+        return tl.reduce((a, b, c, d), 0, _add4)
+
+
+@triton.jit
+def sum8(blocks):
+    if INTERPRETED:
+        return sum4(blocks[0], blocks[1], blocks[2], blocks[3]) + sum4(blocks[4], blocks[5], blocks[6], blocks[7])
+    else:
+        return tl.reduce(blocks, 0, _add8)

@@ -25,20 +25,23 @@ from kdkernels.backends._triton_columns import (
     fold_max,
     inside,
     lane_column,
+    locate,
     log_ratio,
+    logit_at,
     logits,
-    row_offset,
     transform,
 )
 from kdkernels.backends._triton_divergences import (
     accurate,
     column,
+    normaliser_gap,
     plain_scales,
     student_minus_teacher,
     student_probability,
 )
-from kdkernels.backends._triton_math import LOG2E, exp2, sum2, sum4, two_product, two_sum
+from kdkernels.backends._triton_math import LOG2E, exp2, fits, good, is_finite, sum2, sum4
 from kdkernels.backends._triton_plain import UNBIAS, plain_gradient, plain_sums
+from kdkernels.backends._triton_select import strong_columns, threshold_of
 
 __all__ = ["Plan", "row_kernel"]
 
@@ -51,17 +54,10 @@ POWER_REST = tl.constexpr(0.1)
 SURE = tl.constexpr(0.9)
 # Nats of forward KL under which the log-normalisers' gap is refined: a spread of the log-ratios of 0.1.
 NEAR = tl.constexpr(0.005)
-# Sums in [1/LARGE, LARGE] (2^40) stand well against their reference.
-LARGE = tl.constexpr(1.0995e12)
 
 
 @triton.jit
-def _is_finite(x):
-    return tl.abs(x) < float("inf")
-
-
-@triton.jit
-def _sample(row, begin, end, scale, cap, KIND: tl.constexpr):
+def sample(row, begin, end, scale, cap, KIND: tl.constexpr):
     """The largest of 128 logits from four places; 0 where it is no number."""
     top = tl.full((32,), float("-inf"), tl.float32)
     for i in tl.static_range(4):
@@ -69,7 +65,7 @@ def _sample(row, begin, end, scale, cap, KIND: tl.constexpr):
         x, _ = transform(tl.load(row + columns).to(tl.float32), scale, cap, KIND)
         top = tl.maximum(top, x)
     top = tl.max(top, axis=0)
-    return tl.where(_is_finite(top), top, 0.0)
+    return tl.where(is_finite(top), top, 0.0)
 
 
 @triton.jit
@@ -83,7 +79,7 @@ def _maxima(rows, P: tl.constexpr):
         teacher_top = tl.maximum(teacher_top, fold_max(y, P))
     student_top = tl.max(student_top, axis=0)
     teacher_top = tl.max(teacher_top, axis=0)
-    return tl.where(_is_finite(student_top), student_top, 0.0), tl.where(_is_finite(teacher_top), teacher_top, 0.0)
+    return tl.where(is_finite(student_top), student_top, 0.0), tl.where(is_finite(teacher_top), teacher_top, 0.0)
 
 
 @triton.jit
@@ -155,10 +151,10 @@ def _pivot(rows, constants, top, a, b, P: tl.constexpr):
         x, y, _ = logits(rows, columns, True, P)
         c = column(x, y, constants)
         _, h, _ = accurate(c, 0.0, a, b, constants, tl.constexpr(P.DIVERGENCE))
-        hit = ((x - student_ref) * log2_scale > largest - 1e-3) & _is_finite(h)
+        hit = ((x - student_ref) * log2_scale > largest - 1e-3) & is_finite(h)
         found = tl.maximum(found, tl.where(hit, h, float("-inf")))
     pivot = tl.max(found, axis=0)
-    return tl.where(_is_finite(pivot), pivot, 0.0)
+    return tl.where(is_finite(pivot), pivot, 0.0)
 
 
 @triton.jit
@@ -214,8 +210,39 @@ def _gradient(rows, gradient, constants, pivot, factors, ce, a, b, P: tl.constex
     return tl.sum(value, axis=0)
 
 
+# --- AdaptiveKL: a symmetric KL whose weight is the row's own ---
+
+
 @triton.jit
-def _hard_gradient(rows, gradient, student_ref, by_q, ce, P: tl.constexpr):
+def _apart_block(rows, columns, sums, threshold, constants, EDGE: tl.constexpr, P: tl.constexpr):
+    in_head, in_tail = sums
+    x, y, _ = logits(rows, columns, EDGE, P)
+    head = strong_columns(y, columns, (threshold, 0, 0), rows, EDGE, P)
+    apart = tl.abs(student_minus_teacher(column(x, y, constants)))
+    return in_head + fold(tl.where(head, apart, 0.0), P), in_tail + fold(tl.where(head, 0.0, apart), P)
+
+
+@triton.jit
+def _adaptive_weight(rows, refs, scales, sums, mass, P: tl.constexpr):
+    """The reverse KL's weight: the share of sum |p - q| that lies outside the teacher's top-p set of ``mass``."""
+    log2_scale, inv_temperature = scales
+    threshold = threshold_of(rows, log2_scale, mass, P)
+    shift, gap, gap_rest = normaliser_gap(refs[0], refs[1], tl.log(tl.div_rn(sums[1], sums[0])), inv_temperature)
+    constants = refs + (shift, inv_temperature, log2_scale, gap, gap_rest, 1.0 / sums[0], 1.0 / sums[1])
+    zero = tl.zeros((P.BLOCK // CHUNK,), tl.float32)
+    apart = zero, zero
+    for i in range(blocks_at_edges(rows, P)):
+        apart = _apart_block(rows, edge(i, rows, P), apart, threshold, constants, True, P)
+    for i in tl.range(0, blocks_inside(rows, P), num_stages=P.STAGES):
+        apart = _apart_block(rows, inside(i, rows, False, P), apart, threshold, constants, False, P)
+    in_head, in_tail = sum2(apart[0], apart[1])
+    both = in_head + in_tail
+    # Never quite 1: nothing times an infinite forward KL would be NaN.
+    return tl.where(both > 0, tl.minimum(in_tail / both, 1.0 - 6e-8), 0.0)
+
+
+@triton.jit
+def hard_gradient(rows, gradient, student_ref, by_q, ce, P: tl.constexpr):
     """The cross-entropy's gradient alone."""
     for i in range(tl.cdiv(rows[3], P.BLOCK)):
         columns = i * P.BLOCK + tl.arange(0, P.BLOCK)
@@ -240,13 +267,15 @@ def _report(row, number_of_rows, loss, stats, values):
 
 
 @triton.jit
-def _fits(total):
-    return (total >= 1 / LARGE) & (total <= LARGE)
-
-
-@triton.jit
-def _good(total):
-    return (total > 0) & _is_finite(total)
+def divergence_factors(kd_weight, temperature, inv_temperature, scale, P: tl.constexpr):
+    """What a row's divergence, its gradient, and every gradient of the row are multiplied by."""
+    gradient_scale = scale if P.SCALE_GRADIENT else 1.0
+    kd_factor = kd_weight
+    kd = kd_weight * inv_temperature * gradient_scale
+    if P.SCALE_BY_TEMPERATURE:
+        kd_factor = kd_weight * temperature * temperature
+        kd = kd_weight * temperature * gradient_scale
+    return kd_factor, kd, gradient_scale
 
 
 @triton.jit
@@ -261,7 +290,7 @@ def _divergence(rows, gradient, refs, scales, sums, top, kd, ce, a, b, by_ce, P:
     WRITES: tl.constexpr = P.GRADIENT and P.DIVERGENCE_IN_GRADIENT
 
     value = forward
-    is_plain = forward < 0
+    is_plain = (forward < 0) & (forward > 0)  # never, as a number that the program computes
     if P.PLAIN != "none":
         is_plain = (forward >= (FAR_POWER if P.PLAIN == "power" else FAR)) & (forward < 1e5)
         is_plain = is_plain & (tl.abs(log_of_sums) <= 4.0 * forward)
@@ -290,24 +319,20 @@ def _divergence(rows, gradient, refs, scales, sums, top, kd, ce, a, b, by_ce, P:
                     value = rest / (a * b)
                     by_q = (kd * (1.0 - rest) / a + by_ce) * inv_student_sum
                     by_other = -kd * to_one / a
-                    is_plain = _is_finite(rest) & (tl.abs(rest) >= POWER_REST)
+                    is_plain = is_finite(rest) & (tl.abs(rest) >= POWER_REST)
                 else:
                     value_scale, slope_scale = plain_scales(a, tl.constexpr(P.DIVERGENCE))
                     value = value * UNBIAS * inv_student_sum * value_scale
                     slope = slope * UNBIAS * inv_student_sum * slope_scale
                     by_slope = kd * slope_scale * inv_student_sum
                     by_q = (by_ce - kd * slope) * inv_student_sum
-                    is_plain = _is_finite(value) & _is_finite(slope)
+                    is_plain = is_finite(value) & is_finite(slope)
         if is_plain:
             if WRITES:
                 plain_gradient(rows, gradient, refs, plain_scale, (by_slope, by_q, by_other), ce, a, b, P)
 
     if is_plain == 0:
-        origin = teacher_ref - student_ref
-        shift = (origin * 0.25).to(tl.int32).to(tl.float32) * 4.0
-        product, product_rest = two_product(origin - shift, inv_temperature)
-        gap, gap_rest = two_sum(product, log_of_sums)
-        gap_rest += product_rest
+        shift, gap, gap_rest = normaliser_gap(student_ref, teacher_ref, log_of_sums, inv_temperature)
         log_sums = tl.log(student_sum), tl.log(teacher_sum)
         normalisers = inv_student_sum, inv_teacher_sum, log_sums[0], log_sums[1]
         start = student_ref, teacher_ref, shift, inv_temperature, log2_scale, gap
@@ -371,20 +396,8 @@ def row_kernel(
     """One row; see csrc/rows.h. Sizes and strides: of the leading dimensions but the first, and of all."""
     row = tl.program_id(0).to(tl.int64)
     sizes = n1, n2, n3
-    student += row_offset(row, sizes, (s0, s1, s2, s3), tl.constexpr(P.DIMS))
-    teacher += row_offset(row, sizes, (t0, t1, t2, t3), tl.constexpr(P.DIMS))
-    gradient_at = row_offset(row, sizes, (g0, g1, g2, g3), tl.constexpr(P.DIMS))
-    begin = 0
-    if P.ALIGNMENT == "shifted":
-        begin = ((gradient_at + misalignment) % CHUNK).to(tl.int32)
-        student -= begin
-        teacher -= begin
-        gradient_at -= begin
-    gradient += gradient_at
-    if P.ALIGNMENT != "none":
-        student = tl.multiple_of(student, 16)
-        teacher = tl.multiple_of(teacher, 16)
-        gradient = tl.multiple_of(gradient, 16)
+    strides = (s0, s1, s2, s3), (t0, t1, t2, t3), (g0, g1, g2, g3)
+    student, teacher, gradient, begin = locate(row, (student, teacher, gradient), sizes, strides, misalignment, P)
     end = begin + vocab_size
     rows = student, teacher, begin, end, student_scale, student_cap, teacher_scale, teacher_cap
 
@@ -399,33 +412,27 @@ def row_kernel(
             temperature = tl.load(temperatures + row)
         inv_temperature = 1.0 / temperature
         log2_scale = inv_temperature * LOG2E
-        is_good = (temperature > 0) & _is_finite(temperature)
+        is_good = (temperature > 0) & is_finite(temperature)
         # Before any sweep: the gradient may come to lie where this logit is.
         label, label_logit = -1, 0.0
         if P.LABELS:
             label = tl.load(labels + row)
             is_good = is_good & (label >= 0) & (label < vocab_size)
-            there = begin + tl.minimum(tl.maximum(label, 0), vocab_size - 1) + tl.arange(0, 1)
-            z = tl.load(student + there).to(tl.float32)
-            label_logit = tl.sum(transform(z, student_scale, student_cap, tl.constexpr(P.STUDENT_TRANSFORM))[0], axis=0)
+            there = tl.minimum(tl.maximum(label, 0), vocab_size - 1)
+            label_logit = logit_at(student, there, begin, student_scale, student_cap, tl.constexpr(P.STUDENT_TRANSFORM))
 
-        student_ref = _sample(student, begin, end, student_scale, student_cap, tl.constexpr(P.STUDENT_TRANSFORM))
-        teacher_ref = _sample(teacher, begin, end, teacher_scale, teacher_cap, tl.constexpr(P.TEACHER_TRANSFORM))
+        student_ref = sample(student, begin, end, student_scale, student_cap, tl.constexpr(P.STUDENT_TRANSFORM))
+        teacher_ref = sample(teacher, begin, end, teacher_scale, teacher_cap, tl.constexpr(P.TEACHER_TRANSFORM))
         refs = student_ref, teacher_ref
         student_sum, teacher_sum, teacher_gap, student_gap, hard_sum, top = _statistics(rows, refs, log2_scale, P)
-        if (_fits(student_sum) & _fits(teacher_sum) & _fits(hard_sum)) == 0:
+        if (fits(student_sum) & fits(teacher_sum) & fits(hard_sum)) == 0:
             student_ref, teacher_ref = _maxima(rows, P)
             refs = student_ref, teacher_ref
             student_sum, teacher_sum, teacher_gap, student_gap, hard_sum, top = _statistics(rows, refs, log2_scale, P)
-        is_good = is_good & _good(student_sum) & _good(teacher_sum) & _good(hard_sum)
+        is_good = is_good & good(student_sum) & good(teacher_sum) & good(hard_sum)
 
         if is_good:
-            gradient_scale = scale if P.SCALE_GRADIENT else 1.0
-            kd_factor = kd_weight
-            kd = kd_weight * inv_temperature * gradient_scale
-            if P.SCALE_BY_TEMPERATURE:
-                kd_factor = kd_weight * temperature * temperature
-                kd = kd_weight * temperature * gradient_scale
+            kd_factor, kd, gradient_scale = divergence_factors(kd_weight, temperature, inv_temperature, scale, P)
             by_ce, by_hard, of_ce = 0.0 * scale, 0.0 * scale, 0.0 * scale
             cross_entropy = 0.0 * scale
             if P.LABELS:
@@ -438,9 +445,11 @@ def row_kernel(
             ce = of_ce, by_hard, student_ref, label
             sums = student_sum, teacher_sum, teacher_gap, student_gap
             scales = log2_scale, inv_temperature
+            if P.STRONG == "top_p":
+                a = _adaptive_weight(rows, refs, scales, sums, a, P)
             value = _divergence(rows, gradient, (student_ref, teacher_ref), scales, sums, top, kd, ce, a, b, by_ce, P)
             if P.GRADIENT and not P.DIVERGENCE_IN_GRADIENT:
-                _hard_gradient(rows, gradient, student_ref, by_ce / student_sum, ce, P)
+                hard_gradient(rows, gradient, student_ref, by_ce / student_sum, ce, P)
             total = 0.0 * scale
             if P.DIVERGENCE_IN_GRADIENT:
                 total = kd_factor * value

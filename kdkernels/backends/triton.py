@@ -15,7 +15,7 @@ _import_error = ""
 try:
     import numpy
 
-    from kdkernels.backends import _triton_divergences, _triton_rows, _triton_scale
+    from kdkernels.backends import _triton_decoupled, _triton_divergences, _triton_rows, _triton_scale
 except ImportError as error:
     _import_error = str(error)
 
@@ -30,6 +30,9 @@ LARGEST_BLOCK = 8192
 STAGES = 1
 LANE_COLUMNS = 8
 REGISTERS = 64  # of an NVIDIA GPU, where 1024 threads a multiprocessor can have as many
+# Low bits of an fp32 number that are 0 in all numbers of a 16-bit type.
+ORDER_SHIFTS = {torch.bfloat16: 16, torch.float16: 13}
+MOST_COUNTED = 2**24
 SCALE_BLOCK = 4096
 SCALE_PROGRAMS = 512  # about four a multiprocessor
 
@@ -119,6 +122,49 @@ def _transform(scale: float, cap: float) -> str:
     return "softcap" if cap > 0 else "none" if scale == 1 else "scale"
 
 
+def _some(tensor: Tensor | None) -> list[Tensor]:
+    return [] if tensor is None else [tensor]
+
+
+def _plan(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    temperatures: Tensor | None,
+    weights: Tensor | None,
+    options: RowOptions,
+    alignment: str,
+    dims: int,
+) -> _triton_rows.Plan:
+    name, strong = _triton_divergences.kernel_name(options.divergence, options.parameters), options.strong
+    if name == "adaptive_kl":
+        # With all of the teacher's mass in its head, its tail has no weight.
+        name, strong = ("symmetric_kl", strong) if options.strong_amount < 1 else ("forward_kl", "")
+    with_ce = options.ce_weight != 0
+    teacher_transform = _transform(options.teacher_logit_scale, options.teacher_softcap)
+    return _triton_rows.Plan(
+        DIVERGENCE=name,
+        # fp32 logits leave the memory twice the time, and their gradients more digits to be right in.
+        PLAIN="none" if student.dtype == torch.float32 else _triton_divergences.PLAIN.get(name, "none"),
+        GRADIENT=target is not None,
+        DIVERGENCE_IN_GRADIENT=options.kd_weight != 0,
+        LABELS=with_ce,
+        OWN_HARD_SUM=with_ce and (temperatures is not None or options.temperature != 1),
+        ROW_TEMPERATURES=temperatures is not None,
+        SCALE_BY_TEMPERATURE=options.scale_by_temperature,
+        SCALE_GRADIENT=options.scale_gradient,
+        STUDENT_TRANSFORM=_transform(options.student_logit_scale, options.student_softcap),
+        TEACHER_TRANSFORM=teacher_transform,
+        ALIGNMENT=alignment,
+        DIMS=dims,
+        BLOCK=_block(options.vocab_size),
+        STAGES=STAGES,
+        STRONG=strong,
+        ORDER_SHIFT=ORDER_SHIFTS.get(teacher.dtype, 0) if teacher_transform == "none" else 0,
+        TERM_WEIGHTS=weights is not None,
+    )
+
+
 def row_loss(
     student: Tensor,  # (..., V_s)
     teacher: Tensor,  # (..., V_t)
@@ -137,73 +183,63 @@ def row_loss(
     Returns:
         None; or, with nothing written, why these tensors cannot be served.
     """
-    if options.strong:
-        return "Triton's kernels do not split the vocabulary yet"
     for name, logits in (("student_logits", student), ("teacher", teacher)):
         if logits.dtype not in DTYPES:
             return f"Triton's kernels compute in fp32, but {name} is {str(logits.dtype).removeprefix('torch.')}"
+    if options.strong == "top_k" and options.vocab_size > MOST_COUNTED:
+        return f"Triton's kernels count tokens in fp32, to {MOST_COUNTED}; vocab_size is {options.vocab_size}"
     rows = row_scale.numel()
     if rows == 0:
         return None
+    if mask is not None:
+        mask = mask.view(torch.uint8).expand(*student.shape[:-1], mask.shape[-1])
     given, target = student, gradient
-    sizes, strides = _layout(student, teacher, student if target is None else target)
+    sizes, strides = _layout(student, teacher, student if target is None else target, *_some(mask))
     if len(sizes) > MAX_DIMS:  # does not occur in practice; correct all the same, at the price of copies
         student, teacher = student.contiguous(), teacher.contiguous()
+        mask = None if mask is None else mask.contiguous()
         target = None if gradient is None else student if gradient is given else torch.empty_like(student)
-        sizes, strides = _layout(student, teacher, student if target is None else target)
+        sizes, strides = _layout(student, teacher, student if target is None else target, *_some(mask))
     tensors = [student, teacher, student if target is None else target]
-    alignment, misalignment = _alignment(tensors, strides, options.vocab_size)
-    name = _triton_divergences.kernel_name(options.divergence, options.parameters)
-    with_ce = options.ce_weight != 0
-    block = _block(options.vocab_size)
-    plan = _triton_rows.Plan(
-        DIVERGENCE=name,
-        # fp32 logits leave the memory twice the time, and their gradients more digits to be right in.
-        PLAIN="none" if student.dtype == torch.float32 else _triton_divergences.PLAIN.get(name, "none"),
-        GRADIENT=target is not None,
-        DIVERGENCE_IN_GRADIENT=options.kd_weight != 0,
-        LABELS=with_ce,
-        OWN_HARD_SUM=with_ce and (temperatures is not None or options.temperature != 1),
-        ROW_TEMPERATURES=temperatures is not None,
-        SCALE_BY_TEMPERATURE=options.scale_by_temperature,
-        SCALE_GRADIENT=options.scale_gradient,
-        STUDENT_TRANSFORM=_transform(options.student_logit_scale, options.student_softcap),
-        TEACHER_TRANSFORM=_transform(options.teacher_logit_scale, options.teacher_softcap),
-        ALIGNMENT=alignment,
-        DIMS=len(sizes),
-        BLOCK=block,
-        STAGES=STAGES,
-    )
+    alignment, misalignment = _alignment(tensors, strides[:3], options.vocab_size)
+    plan = _plan(student, teacher, target, temperatures, weights, options, alignment, len(sizes))
     row_scale = row_scale.contiguous()
-    parameters = [*options.parameters, 0.0, 0.0]
+    numbers = (
+        options.student_logit_scale,
+        options.student_softcap,
+        options.teacher_logit_scale,
+        options.teacher_softcap,
+        *_padded(sizes, 1)[1:],
+        *(stride for of in strides for stride in _padded(of, 0)),
+    )
+    before = (
+        *tensors,
+        row_scale if labels is None or not options.reads_labels else labels.contiguous(),
+        row_scale,
+        row_scale if temperatures is None else temperatures.contiguous(),
+    )
+    problem = (
+        loss,
+        stats,
+        rows,
+        options.vocab_size,
+        student.shape[-1],
+        misalignment,
+        options.temperature,
+        options.kd_weight,
+        options.ce_weight,
+    )
+    launch = _launch(plan.BLOCK, student.device)
     with _on(student.device):
-        _triton_rows.row_kernel[(rows,)](
-            student,
-            teacher,
-            tensors[2],
-            row_scale if labels is None or not with_ce else labels.contiguous(),
-            row_scale,
-            row_scale if temperatures is None else temperatures.contiguous(),
-            loss,
-            stats,
-            rows,
-            options.vocab_size,
-            student.shape[-1],
-            misalignment,
-            options.temperature,
-            options.kd_weight,
-            options.ce_weight,
-            parameters[0],
-            parameters[1],
-            options.student_logit_scale,
-            options.student_softcap,
-            options.teacher_logit_scale,
-            options.teacher_softcap,
-            *_padded(sizes, 1)[1:],
-            *(stride for of in strides for stride in _padded(of, 0)),
-            plan,
-            **_launch(block, student.device),
-        )
+        if options.divergence == "decoupled":
+            sets = (row_scale if weights is None else weights, row_scale if mask is None else mask)
+            masks = () if mask is not None else _padded([], 0)
+            _triton_decoupled.decoupled_kernel[(rows,)](
+                *before, *sets, *problem, *options.parameters, options.strong_amount, *numbers, *masks, plan, **launch
+            )
+        else:
+            parameters = (options.strong_amount,) if options.strong else options.parameters
+            _triton_rows.row_kernel[(rows,)](*before, *problem, *(*parameters, 0.0, 0.0)[:2], *numbers, plan, **launch)
     if gradient is not None and target is not None and (target is not gradient):
         gradient.copy_(target)
     return None
