@@ -48,7 +48,7 @@ DIVERGENCES = (
     "TotalVariation",
     "AlphaBeta",
 )
-SPLIT_SWEEPS = ("decoupled_label", "decoupled_threshold", "decoupled_given", "adaptive_kl")
+SPLIT_SWEEPS = ("decoupled_label", "decoupled_top_k", "decoupled_top_p", "decoupled_given", "adaptive_kl")
 
 Step = tuple[str, str, str]  # source, object, flags
 

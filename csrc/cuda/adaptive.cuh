@@ -86,8 +86,8 @@ class AdaptiveTotals : public Totals<T, AdaptiveKL> {
 };
 
 template <class T>
-class AdaptiveSweep : public SplitSweep<T, Split::threshold, RowSweep<T, AdaptiveKL>> {
-  using Base = SplitSweep<T, Split::threshold, RowSweep<T, AdaptiveKL>>;
+class AdaptiveSweep : public SplitSweep<T, Split::top_p, RowSweep<T, AdaptiveKL>> {
+  using Base = SplitSweep<T, Split::top_p, RowSweep<T, AdaptiveKL>>;
   using Math = FloatMath;
   using Base::columns_;
   using Base::exchange_;
@@ -107,12 +107,14 @@ class AdaptiveSweep : public SplitSweep<T, Split::threshold, RowSweep<T, Adaptiv
   using Totals = AdaptiveTotals<T>;
   using Base::Base;
 
-  __device__ void consume(uint32_t first_row, uint32_t row_step) { Base::consume(*this, first_row, row_step, false); }
+  __device__ void consume(uint32_t first_row, uint32_t row_step) {
+    Base::consume(*this, first_row, row_step, Base::kBegin | Base::kMiddle << 4 | Base::kStart << 8 | Base::kFinish << 12);
+  }
 
  private:
   friend Base;
 
-  __device__ __forceinline__ void between(InFlight& at) {
+  __device__ __forceinline__ void middle(InFlight& at) {
     if constexpr (kFar)
       if (at.counts) at.sums = far_sums(at);
   }

@@ -36,13 +36,14 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
   using Base::Base;
 
   __device__ void consume(uint32_t first_row, uint32_t row_step) {
-    Base::consume(*this, first_row, row_step, Kind == Split::threshold);
+    constexpr uint32_t late = Base::kBegin | Base::kFinish << 4 | Base::kStart << 8, early = Base::kBegin | Base::kStart << 4 | Base::kFinish << 8;
+    Base::consume(*this, first_row, row_step, is_threshold(Kind) ? late : early);
   }
 
  private:
   friend Base;
 
-  __device__ __forceinline__ void between(const InFlight&) {}
+  __device__ __forceinline__ void middle(const InFlight&) {}
 
   __device__ __forceinline__ void start(uint32_t row, InFlight& at) {
     this->settle(at);

@@ -77,7 +77,8 @@ const void* split_kernel_of(const RowProblem& p) {
   if (p.divergence == int(DivergenceId::adaptive_kl)) return split_kernel<T, SplitSweepId::adaptive_kl>();
   if (p.strong.id == StrongSetId::label) return split_kernel<T, SplitSweepId::decoupled_label>();
   if (p.strong.id == StrongSetId::given) return split_kernel<T, SplitSweepId::decoupled_given>();
-  return split_kernel<T, SplitSweepId::decoupled_threshold>();
+  if (p.strong.id == StrongSetId::top_k) return split_kernel<T, SplitSweepId::decoupled_top_k>();
+  return split_kernel<T, SplitSweepId::decoupled_top_p>();
 }
 
 const void* kernel_of(const RowProblem& p) {

@@ -5,7 +5,8 @@
 
 namespace kdkernels::cuda {
 
-enum class Split { label, threshold, given };
+enum class Split { label, top_k, top_p, given };
+constexpr bool is_threshold(Split kind) { return kind == Split::top_k || kind == Split::top_p; }
 
 // Shared memory of a split kernel beside the ring's and the exchange's.
 template <class T>
@@ -65,27 +66,38 @@ class SplitSweep : public Base {
  protected:
   // All rows of this cluster. Where the ring holds two rows, the exchanges of one hide behind the sweeps of the other:
   //     select(next) | gradient(now) | statistics(next)        of a threshold, whose exchange the gradient hides;
-  //     statistics(next) | gradient(now)                       otherwise.
-  // `between` may be another sweep over the row at hand, before the next one's statistics.
+  //     select(next) | middle(now) | statistics(next) | gradient(now)    with another sweep in the middle.
+  // Every step stands here once and is chosen by number, so that the code of a row stays in the instruction cache.
+  enum Step : uint32_t { kBegin = 1, kMiddle = 2, kStart = 3, kFinish = 4 };
   template <class Self>
-  static __device__ __forceinline__ void consume(Self& self, uint32_t first_row, uint32_t row_step, bool statistics_last) {
+  static __device__ __forceinline__ void consume(Self& self, uint32_t first_row, uint32_t row_step, uint32_t steps_ahead) {
     const uint32_t rows = uint32_t(self.p_.rows);
+    const uint32_t steps = self.problem_.ahead ? steps_ahead : kMiddle | kFinish << 4 | kBegin << 8 | kStart << 12;
     InFlight now, next;
-    if (first_row < rows) {
-      now = self.begin(first_row, 0, 0, 0, 0);
-      self.start(first_row, now);
-    }
-    for (uint32_t row = first_row; row < rows; row += row_step) {
-      int after = now.slot + now.chunks;
-      uint32_t parity = now.parity;
-      if (after >= self.ring_.count) after -= self.ring_.count, parity ^= 1;
-      const bool more = row + row_step < rows, ahead = more && self.problem_.ahead;
-      if (ahead) next = self.begin(row + row_step, after, parity, now.buffer ^ 1, now.ordinal + 1);
-      self.between(now);
-      if (ahead && !statistics_last) self.start(row + row_step, next);
-      self.finish(row, now);
-      if (more && !ahead) next = self.begin(row + row_step, after, parity, now.buffer ^ 1, now.ordinal + 1);
-      if (more && (!ahead || statistics_last)) self.start(row + row_step, next);
+    bool have = false;
+    for (uint32_t row = first_row; have || row < rows; row += row_step) {
+#pragma unroll 1
+      for (uint32_t left = steps; left; left >>= 4) {
+        switch (left & 15) {
+          case kBegin:
+            if (row < rows) {
+              int slot = have ? now.slot + now.chunks : 0;
+              uint32_t parity = have ? now.parity : 0;
+              if (slot >= self.ring_.count) slot -= self.ring_.count, parity ^= 1;
+              next = self.begin(row, slot, parity, have ? now.buffer ^ 1 : 0, have ? now.ordinal + 1 : 0);
+            }
+            break;
+          case kMiddle:
+            if (have) self.middle(now);
+            break;
+          case kStart:
+            if (row < rows) self.start(row, next);
+            break;
+          default:
+            if (have) self.finish(row - row_step, now);
+        }
+      }
+      have = row < rows;
       now = next;
     }
     self.exchange_.post({Wanted::nothing_more, 0, false, 0, 0});
@@ -98,7 +110,7 @@ class SplitSweep : public Base {
     barrier_wait(ring_.full_barrier(slot), parity);
     const RowHeader& header = this->enter(at);
     at.counts = header.scale != 0, at.chunks = header.chunks;
-    if constexpr (Kind == Split::threshold) {
+    if constexpr (is_threshold(Kind)) {
       wait_prepared(at);
       if (at.counts && !everything()) at.selecting = sweep_window(at, memory_->select.scouted[buffer], true);
     }
@@ -107,20 +119,23 @@ class SplitSweep : public Base {
 
   // Before the first sweep that asks for strong columns.
   __device__ __forceinline__ void settle(InFlight& at) {
-    if constexpr (Kind == Split::threshold) {
+    if constexpr (is_threshold(Kind)) {
       at.threshold = -__builtin_inff();
-      while (at.counts && !everything()) {
+      if (at.counts && !everything()) {
         exchange_.wait(at.selecting);
         at.threshold = memory_->select.threshold;
-        if (at.threshold == at.threshold) break;
-        at.selecting = sweep_window(at, memory_->select.window, false);
+        if (at.threshold != at.threshold) {
+          const Found found = search_on(*this, at);
+          exchange_.count = found.exchanges, at.threshold = found.threshold;
+        }
       }
       done_with_prepared(at);
     }
   }
+
   // Before every sweep that asks for strong columns.
   __device__ __forceinline__ void set_split(const InFlight& at, int label) {
-    if constexpr (Kind == Split::threshold) threshold_ = at.threshold;
+    if constexpr (is_threshold(Kind)) threshold_ = at.threshold;
     if constexpr (Kind == Split::label) strong_label_ = label + low_;
   }
   // The column that a sweep must take in its special form; -1: none.
@@ -143,13 +158,13 @@ class SplitSweep : public Base {
   }
   template <bool Special>
   __device__ __forceinline__ bool strong(float y, int column, const Bytes& bytes, int i) const {
-    if constexpr (Kind == Split::threshold) return y >= threshold_;
+    if constexpr (is_threshold(Kind)) return y >= threshold_;
     if constexpr (Kind == Split::given) return bytes.words[i / 4] >> (i % 4 * 8) & 1;
     return Special && column + i == strong_label_;
   }
 
  private:
-  __device__ __forceinline__ bool everything() const { return by_mass(p_) && problem_.strong_amount >= 1; }
+  __device__ __forceinline__ bool everything() const { return Kind == Split::top_p && problem_.strong_amount >= 1; }
   __device__ __forceinline__ void wait_prepared(const InFlight& at) const {
     barrier_wait(shared_address(&memory_->prepared[at.buffer]), at.ordinal >> 1 & 1);
   }
@@ -158,26 +173,44 @@ class SplitSweep : public Base {
     if (exchange_.lane == 0) barrier_arrive(shared_address(&memory_->used[at.buffer]));
   }
 
+  // What few rows take is a function of its own: more rounds.
+  struct Found {
+    int exchanges;
+    float threshold;
+  };
+  static __device__ __noinline__ Found search_on(SplitSweep self, InFlight at) {
+    float threshold = __builtin_nanf("");
+    while (threshold != threshold) {
+      self.exchange_.wait(self.sweep_window(at, self.memory_->select.window, false));
+      threshold = self.memory_->select.threshold;
+    }
+    return {self.exchange_.count, threshold};
+  }
+
   // A round of a select; the exchange that brings its outcome.
   __device__ __forceinline__ int sweep_window(const InFlight& at, Window<T> window, bool first) {
     this->enter(at);
-    if (by_mass(p_) && window.reference != window.reference) window.reference = maximum();
-    const float of_warp = by_mass(p_) ? count_window<true>(window) : count_window<false>(window);
-    return exchange_.template post_sums<4>(of_warp, {Wanted::select, at.buffer, first, at.slot, 0});
+    constexpr bool kMass = Kind == Split::top_p;
+    if (kMass && window.reference != window.reference) {
+      const Found found = maximum(*this, at);
+      exchange_.count = found.exchanges, window.reference = found.threshold;
+    }
+    return exchange_.template post_sums<4>(count_window<kMass>(window), {Wanted::select, at.buffer, first, at.slot, 0});
   }
 
   // The teacher's largest logit.
-  __device__ float maximum() {
+  static __device__ __noinline__ Found maximum(SplitSweep self, InFlight at) {
+    self.enter(at);
     float largest = -__builtin_inff(), nothing = 0;
-    sweep_teacher([&]<bool Special>(uint4 t, int column) {
+    self.sweep_teacher([&]<bool Special>(uint4 t, int column) {
       float y[G];
       widen(t, y, T{});
 #pragma unroll
       for (int i = 0; i < G; i++)
-        if (!Special || (column + i >= low_ && column + i < limit_)) largest = fmaxf(largest, y[i]);
+        if (!Special || (column + i >= self.low_ && column + i < self.limit_)) largest = fmaxf(largest, y[i]);
     });
-    exchange_.top(largest, nothing);
-    return largest;
+    self.exchange_.top(largest, nothing);
+    return {self.exchange_.count, largest};
   }
 
   // Counts columns by the window. Returns what lies above its exact part, columns or mass, and the mass of all.
@@ -205,19 +238,24 @@ class SplitSweep : public Base {
       if (any) {
 #pragma unroll
         for (int i = 0; i < G; i++) {
-          if (!inside[i] || !(y[i] >= low)) continue;
-          if (!(y[i] >= middle))
-            count_in(bins + ((image_of(y[i]) - first) >> kSpareBits<T>) * 4);
-          else if (y[i] >= coarse)
-            count_in(bins + (kExact + min(kCoarse - 1, int((y[i] - coarse) * inv_width))) * 4);
+          const bool exact = !(y[i] >= middle);
+          const uint32_t bin = exact ? (image_of(y[i]) - first) >> kSpareBits<T>
+                                     : kExact + min(kCoarse - 1, int((y[i] - coarse) * inv_width));
+          count_in(bins + bin * 4, inside[i] && y[i] >= low && (exact || y[i] >= coarse));
         }
       }
     });
     float v[4] = {above, all, 0, 0};
     return warp_sums(v, exchange_.lane);
   }
-  static __device__ __forceinline__ void count_in(uint32_t bin) {
-    asm volatile("red.shared::cta.add.u32 [%0], 1;" ::"r"(bin) : "memory");
+  static __device__ __forceinline__ void count_in(uint32_t bin, bool counts) {
+    asm volatile(
+        "{\n"
+        ".reg .pred counts;\n"
+        "setp.ne.u32 counts, %1, 0;\n"
+        "@counts red.shared::cta.add.u32 [%0], 1;\n"
+        "}" ::"r"(bin), "r"(uint32_t(counts))
+        : "memory");
   }
 
   // f<Special>(teacher, column) over this block's share, as RowSweep::sweep.

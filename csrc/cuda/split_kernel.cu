@@ -9,7 +9,9 @@ namespace kdkernels::cuda {
 template <class T>
 using DecoupledLabel = DecoupledSweep<T, Split::label>;
 template <class T>
-using DecoupledThreshold = DecoupledSweep<T, Split::threshold>;
+using DecoupledTopK = DecoupledSweep<T, Split::top_k>;
+template <class T>
+using DecoupledTopP = DecoupledSweep<T, Split::top_p>;
 template <class T>
 using DecoupledGiven = DecoupledSweep<T, Split::given>;
 
@@ -50,7 +52,7 @@ __global__ void __launch_bounds__(kMaxConsumers + 96, 1) split_cluster(const __g
     typename Sweep<T>::Totals(problem, ring, &exchange_memory, blocks, rank, warps, lane, &split_memory,
                               reinterpret_cast<uint32_t*>(shared))
         .serve();
-  } else if constexpr (Sweep<T>::Kind == Split::threshold) {
+  } else if constexpr (is_threshold(Sweep<T>::Kind)) {
     Scout<T>(problem, &split_memory.select, lane).serve(split_memory.prepared, split_memory.used, first_row, row_step);
   }
   cluster_sync();  // no block leaves while another may still store into it
@@ -59,8 +61,8 @@ __global__ void __launch_bounds__(kMaxConsumers + 96, 1) split_cluster(const __g
 template <class T, SplitSweepId Id>
 const void* split_kernel() {
   if constexpr (Id == SplitSweepId::decoupled_label) return reinterpret_cast<const void*>(&split_cluster<T, DecoupledLabel>);
-  if constexpr (Id == SplitSweepId::decoupled_threshold)
-    return reinterpret_cast<const void*>(&split_cluster<T, DecoupledThreshold>);
+  if constexpr (Id == SplitSweepId::decoupled_top_k) return reinterpret_cast<const void*>(&split_cluster<T, DecoupledTopK>);
+  if constexpr (Id == SplitSweepId::decoupled_top_p) return reinterpret_cast<const void*>(&split_cluster<T, DecoupledTopP>);
   if constexpr (Id == SplitSweepId::decoupled_given) return reinterpret_cast<const void*>(&split_cluster<T, DecoupledGiven>);
   if constexpr (Id == SplitSweepId::adaptive_kl) return reinterpret_cast<const void*>(&split_cluster<T, AdaptiveSweep>);
 }

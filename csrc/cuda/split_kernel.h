@@ -4,7 +4,7 @@
 
 namespace kdkernels::cuda {
 
-enum class SplitSweepId { decoupled_label, decoupled_threshold, decoupled_given, adaptive_kl };
+enum class SplitSweepId { decoupled_label, decoupled_top_k, decoupled_top_p, decoupled_given, adaptive_kl };
 
 // The kernel's address, for the launch functions of the runtime.
 template <class T, SplitSweepId Id>
