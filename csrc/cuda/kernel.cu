@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kMaxConsumers + 64, 1) row_cluster(const __gri
   ring.slots = kept(shared_address(shared));
   ring.headers = headers;
   ring.full = kept(shared_address(full)), ring.empty = kept(shared_address(empty));
-  ring.slot_columns = problem.slot_columns, ring.count = problem.slots, ring.slot_bytes = problem.slot_bytes;
+  ring.slot_columns = problem.slot_columns, ring.count = problem.slots;
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < ring.count; i++) barrier_init(ring.full_barrier(i), 1), barrier_init(ring.empty_barrier(i), warps);
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kMaxConsumers + 64, 1) row_cluster(const __gri
     const Exchange exchange{&exchange_memory, warps, warp, lane};
     RowSweep<T, Divergence>(problem, ring, exchange, blocks, rank).consume(first_row, row_step);
   } else if (warp == warps) {
-    if (lane == 0) ring.produce(problem, first_row, row_step, rank * problem.share);
+    if (lane == 0) ring.template produce<false>(problem, first_row, row_step, rank * problem.share);
     __syncwarp();
   } else {
     Totals<T, Divergence>(problem, ring, &exchange_memory, blocks, rank, warps, lane).serve();

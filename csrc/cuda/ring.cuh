@@ -17,7 +17,7 @@ struct ClusterProblem {
   RowProblem rows;
   const void *student_end, *teacher_end;  // one past the last element that may be read
   int share;                              // columns of a block, a multiple of the group
-  int slot_columns, slots, slot_bytes;
+  int slot_columns, slots;
   // The problem's doubles as the kernel computes with them.
   float kd_weight, ce_weight, temperature, parameters[4], strong_amount;
   bool with_ce, reads_labels, scale_by_temperature, scale_gradient;
@@ -64,16 +64,15 @@ __device__ __forceinline__ uint32_t kept(uint32_t x) {
 
 template <class T>
 struct Ring {
-  uint32_t slots;        // (count): slot_columns of T of the student, as many of the teacher, and of bytes of a mask
+  uint32_t slots;        // (count, 2, slot_columns) of T: student, teacher; then, of a mask, (count, slot_columns) bytes
   RowHeader* headers;    // one a slot
   uint32_t full, empty;  // barriers, one a slot
   int slot_columns, count;
-  uint32_t slot_bytes;
 
   __device__ uint32_t half_bytes() const { return slot_columns * uint32_t(sizeof(T)); }
-  __device__ uint32_t student(int slot) const { return slots + slot * slot_bytes; }
+  __device__ uint32_t student(int slot) const { return slots + slot * 2 * half_bytes(); }
   __device__ uint32_t teacher(int slot) const { return student(slot) + half_bytes(); }
-  __device__ uint32_t mask(int slot) const { return student(slot) + 2 * half_bytes(); }
+  __device__ uint32_t mask(int slot) const { return student(count) + slot * slot_columns; }
   __device__ uint32_t full_barrier(int slot) const { return full + slot * 8; }
   __device__ uint32_t empty_barrier(int slot) const { return empty + slot * 8; }
 
@@ -108,6 +107,7 @@ struct Ring {
   }
 
   // By one thread: both rows' columns from `begin` on, of this block's share, of every row.
+  template <bool Masked>
   __device__ void produce(const ClusterProblem& problem, uint32_t first_row, uint32_t row_step, int begin) const {
     const RowProblem& p = problem.rows;
     const uint32_t rows = uint32_t(p.rows);
@@ -120,7 +120,7 @@ struct Ring {
       const int end = begin + h.columns;
       const T* student_row = row_begin<T>(p.student, row) - h.phase;
       const T* teacher_row = row_begin<T>(p.teacher, row) - h.phase;
-      const uint8_t* mask_row = p.strong.mask ? p.strong.mask + row_offset(p.strong.mask_rows, row) : nullptr;
+      const uint8_t* mask_row = Masked ? p.strong.mask + row_offset(p.strong.mask_rows, row) : nullptr;
       int at = begin;
       do {
         const int n = max(0, (min(slot_columns, end - at) + kGroup<T> - 1) / kGroup<T> * kGroup<T>);
@@ -132,7 +132,7 @@ struct Ring {
         if (at == begin) headers[slot] = h;
         if (student_bytes < bytes) copy_rest(student(slot), from_student, student_bytes, problem.student_end);
         if (teacher_bytes < bytes) copy_rest(teacher(slot), from_teacher, teacher_bytes, problem.teacher_end);
-        const uint32_t mask_bytes = mask_row ? (n + 15) / 16 * 16 : 0;  // a masked row has no phase: why_not_rows
+        const uint32_t mask_bytes = Masked ? (n + 15) / 16 * 16 : 0;  // a masked row has no phase: why_not_rows
         barrier_arrive_expecting(full_barrier(slot), student_bytes + teacher_bytes + mask_bytes);
         if (mask_bytes) bulk_load(mask(slot), mask_row + at, mask_bytes, full_barrier(slot));
         if (student_bytes) bulk_load(student(slot), from_student, student_bytes, full_barrier(slot));

@@ -263,7 +263,7 @@ void row_loss(const RowProblem& p, const Plan& plan, void* stream) {
   if (!possible || chunks(p, plan) * (plan.ahead ? 2 : 1) > slots(d, p, plan))
     throw std::invalid_argument("kdkernels: this problem does not fit the plan asked for");
   ClusterProblem problem{p, end_of(p.student), end_of(p.teacher), int(share(p, plan.cluster)), plan.slot_columns,
-                         slots(d, p, plan), int(slot_bytes(p, plan)), float(p.kd_weight), float(p.ce_weight), float(p.temperature),
+                         slots(d, p, plan), float(p.kd_weight), float(p.ce_weight), float(p.temperature),
                          {float(p.parameters[0]), float(p.parameters[1]), float(p.parameters[2]), float(p.parameters[3])},
                          float(p.strong.amount), p.with_ce(), p.reads_labels(), p.scale_by_temperature,
                          p.scale_gradient, plan.ahead};
@@ -275,7 +275,7 @@ void row_loss(const RowProblem& p, const Plan& plan, void* stream) {
   cudaLaunchConfig_t config{};
   config.blockDim = dim3(unsigned(plan.consumers + helpers(p)));
   config.gridDim = dim3(unsigned(plan.cluster));
-  config.dynamicSmemBytes = size_t(problem.slots) * size_t(problem.slot_bytes) + size_t(split_bytes(p.strong.id, plan.cluster));
+  config.dynamicSmemBytes = size_t(problem.slots) * size_t(slot_bytes(p, plan)) + size_t(split_bytes(p.strong.id, plan.cluster));
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &cluster;
   config.numAttrs = 1;

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kMaxConsumers + 96, 1) split_cluster(const __g
   ring.slots = kept(shared_address(shared + split_bytes(problem.rows.strong.id, blocks)));
   ring.headers = headers;
   ring.full = kept(shared_address(full)), ring.empty = kept(shared_address(empty));
-  ring.slot_columns = problem.slot_columns, ring.count = problem.slots, ring.slot_bytes = problem.slot_bytes;
+  ring.slot_columns = problem.slot_columns, ring.count = problem.slots;
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < ring.count; i++) barrier_init(ring.full_barrier(i), 1), barrier_init(ring.empty_barrier(i), warps);
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kMaxConsumers + 96, 1) split_cluster(const __g
     const Exchange exchange{&exchange_memory, warps, warp, lane};
     Sweep<T>(problem, ring, exchange, blocks, rank, &split_memory).consume(first_row, row_step);
   } else if (warp == warps) {
-    if (lane == 0) ring.produce(problem, first_row, row_step, rank * problem.share);
+    if (lane == 0) ring.template produce<Sweep<T>::Kind == Split::given>(problem, first_row, row_step, rank * problem.share);
     __syncwarp();
   } else if (warp == warps + 1) {
     typename Sweep<T>::Totals(problem, ring, &exchange_memory, blocks, rank, warps, lane, &split_memory,
