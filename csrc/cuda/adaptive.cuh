@@ -82,7 +82,7 @@ class AdaptiveTotals : public Totals<T, AdaptiveKL> {
     Base::report(n, value);
   }
 
-  SelectTotals<T> select_;
+  SelectTotals<T, true> select_;
 };
 
 template <class T>
@@ -116,34 +116,35 @@ class AdaptiveSweep : public SplitSweep<T, Split::top_p, RowSweep<T, AdaptiveKL>
 
   __device__ __forceinline__ void middle(InFlight& at) {
     if constexpr (kFar)
-      if (at.counts) at.sums = far_sums(at);
+      if (this->enter(at).scale != 0) at.sums = far_sums(at);
   }
 
   __device__ __forceinline__ void start(uint32_t row, InFlight& at) {
     this->settle(at);
-    if (!at.counts) return;
     const RowHeader& header = this->enter(at);
-    const Request request{Wanted::statistics, at.buffer, false, at.slot, row};
+    if (header.scale == 0) return;
+    const Request request{Wanted::statistics, at.buffer(), false, at.slot(), row};
     const bool hard = problem_.with_ce && header.temperature != 1;
-    at.statistics = hard ? this->template statistics<true>(request) : this->template statistics<false>(request);
+    at.exchange = hard ? this->template statistics<true>(request) : this->template statistics<false>(request);
   }
 
   __device__ __forceinline__ void finish(uint32_t row, const InFlight& at) {
     const RowHeader& header = this->enter(at);
     T* gradient = p_.gradient ? static_cast<T*>(p_.gradient) + header.gradient : nullptr;
-    if (!at.counts) {
+    const int chunks = header.chunks;
+    if (header.scale == 0) {
       if (rank_ == 0 && threadIdx.x == 0) Totals::write_report(p_, row, 0, 0, 0, 0, 0);
       if (gradient) this->fill(gradient, 0, int(p_.student.width), 0.0f);
       this->release(1);
       return;
     }
-    exchange_.wait(at.statistics);
-    if (at.sums > at.statistics) exchange_.wait(at.sums);  // which may have changed the turn
-    const RowNumbers& n = row_numbers(exchange_.memory, at.buffer);
+    exchange_.wait(at.exchange);
+    if (at.sums > at.exchange) exchange_.wait(at.sums);  // which may have changed the turn
+    const RowNumbers& n = row_numbers(exchange_.memory, at.buffer());
     const Turn turn = n.turn;
     if (turn == Turn::nan) {
       if (gradient) this->fill(gradient, 0, int(p_.student.width), __builtin_nanf(""));
-      this->release(at.chunks);
+      this->release(chunks);
       return;
     }
     this->set_split(at, 0);
@@ -160,7 +161,7 @@ class AdaptiveSweep : public SplitSweep<T, Split::top_p, RowSweep<T, AdaptiveKL>
     }
     if (gradient && p_.student.width > p_.vocab_size)
       this->fill(gradient, int(p_.vocab_size), int(p_.student.width), 0.0f);
-    if (!released) this->release(at.chunks);
+    if (!released) this->release(chunks);
   }
 
   static __device__ __noinline__ typename Base::Apart everywhere_apart(AdaptiveSweep self, InFlight at, float temperature,
@@ -171,8 +172,8 @@ class AdaptiveSweep : public SplitSweep<T, Split::top_p, RowSweep<T, AdaptiveKL>
 
   // What the models differ by over the head and over the tail. The exchange that brings it; 0: not for far models' forms.
   __device__ __forceinline__ int far_sums(const InFlight& at) {
-    exchange_.wait(at.statistics);
-    const RowNumbers& n = row_numbers(exchange_.memory, at.buffer);
+    exchange_.wait(at.exchange);
+    const RowNumbers& n = row_numbers(exchange_.memory, at.buffer());
     if (n.turn != Turn::far) return 0;
     this->enter(at);
     this->set_split(at, 0);
@@ -192,16 +193,16 @@ class AdaptiveSweep : public SplitSweep<T, Split::top_p, RowSweep<T, AdaptiveKL>
       }
     });
     float v[4] = {head, tail, 0, 0};
-    const Request request{Wanted::sums, at.buffer, true, 0, 0};
+    const Request request{Wanted::sums, at.buffer(), true, 0, 0};
     return exchange_.template post_sums<4>(warp_sums(v, exchange_.lane), request);
   }
 
   // Whether it released the row's slots. See RowSweep::run_everywhere.
   __device__ __forceinline__ bool run_everywhere(const InFlight& at, float temperature, T* gradient) {
-    const RowNumbers& n = row_numbers(exchange_.memory, at.buffer);
+    const RowNumbers& n = row_numbers(exchange_.memory, at.buffer());
     const float folded_ce = n.folded_ce;
     kd_ = n.kd, this->ce_ = n.ce, hard_factor_ = n.hard_factor, this->hard_reference_ = n.student_reference;
-    const RowConstants<Math> row = this->row_constants(n, reciprocal(temperature), at.buffer, gradient != nullptr);
+    const RowConstants<Math> row = this->row_constants(n, reciprocal(temperature), at.buffer(), gradient != nullptr);
     const ForwardKL<Math> forward(p_.parameters, row);
     const ReverseKL<Math> reverse(p_.parameters, row);
     float pivot = reverse.derivative(this->top_column(row));
@@ -221,11 +222,11 @@ class AdaptiveSweep : public SplitSweep<T, Split::top_p, RowSweep<T, AdaptiveKL>
           apart[1] += difference;
       }
     });
-    exchange_.sums(apart, false, at.buffer);
+    exchange_.sums(apart, false, at.buffer());
     const float gap = apart[0] + apart[1], of_reverse = gap > 0 ? apart[1] / gap : 0, of_forward = gap > 0 ? apart[0] / gap : 1;
     const auto weighted = [&](float x, float y) { return (of_forward != 0 ? of_forward * x : 0) + (of_reverse != 0 ? of_reverse * y : 0); };
     float value[4] = {weighted(v[0], v[1]), v[2], 0, 0};
-    exchange_.sums(value, true, at.buffer);
+    exchange_.sums(value, true, at.buffer());
     if (!gradient) return false;
     const float by_q = fmaf(-kd_ * of_reverse, value[1], folded_ce);
     T* out = gradient - low_;

@@ -47,17 +47,18 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
 
   __device__ __forceinline__ void start(uint32_t row, InFlight& at) {
     this->settle(at);
-    if (!at.counts) return;
     const RowHeader& header = this->enter(at);
+    if (header.scale == 0) return;
     this->set_split(at, header.label);
     const bool hard = problem_.with_ce && header.temperature != 1;
-    at.statistics = hard ? statistics<true>(at, row) : statistics<false>(at, row);
+    at.exchange = hard ? statistics<true>(at, row) : statistics<false>(at, row);
   }
 
   __device__ __forceinline__ void finish(uint32_t row, const InFlight& at) {
     const RowHeader& header = this->enter(at);
     T* gradient = p_.gradient ? static_cast<T*>(p_.gradient) + header.gradient : nullptr;
-    if (!at.counts) {
+    const int chunks = header.chunks;
+    if (header.scale == 0) {
       if (rank_ == 0 && threadIdx.x == 0) {
         Totals::write_report(p_, row, 0, 0, 0, 0, 0);
         Totals::write_terms(p_, row, 0, 0, 0, 0, 0);
@@ -68,13 +69,13 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
     }
     this->set_split(at, header.label);
     label_ = problem_.with_ce ? header.label + low_ : -1;
-    exchange_.wait(at.statistics);
-    const DecoupledNumbers& n = decoupled_numbers(exchange_.memory, at.buffer);
+    exchange_.wait(at.exchange);
+    const DecoupledNumbers& n = decoupled_numbers(exchange_.memory, at.buffer());
     const Turn turn = n.turn;
     bool released = false;
     if (turn == Turn::nan) {
       if (gradient) this->fill(gradient, 0, int(p_.student.width), __builtin_nanf(""));
-      this->release(at.chunks);
+      this->release(chunks);
       return;
     }
     kd_ = n.kd, this->ce_ = n.ce, hard_factor_ = n.hard_factor, this->hard_reference_ = n.student_reference;
@@ -87,7 +88,7 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
     }
     if (gradient && p_.student.width > p_.vocab_size)
       this->fill(gradient, int(p_.vocab_size), int(p_.student.width), 0.0f);
-    if (!released) this->release(at.chunks);
+    if (!released) this->release(chunks);
   }
 
   template <bool OwnReferences>
@@ -184,14 +185,14 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
     const int lane = exchange_.lane, value = lane / 4;
     Parcel& parcel = exchange_.mine();
     if (lane % 4 == 0) {
-      if (value < 3) this->memory_->strong_of_warps[at.buffer][value][exchange_.warp] = of_warp;
+      if (value < 3) this->memory_->strong_of_warps[at.buffer()][value][exchange_.warp] = of_warp;
       if (value > 3) parcel.v[value == 7 ? 6 : value - 4] = of_warp;
     }
     if (lane == 0) {
       parcel.v[4] = to.student_known ? to.a : kPadding, parcel.v[5] = to.teacher_known ? to.b : kPadding;
       parcel.v[7] = fmaf(to.a, k, -(to.a * k));  // what rounding took of the constant
     }
-    return exchange_.post({Wanted::statistics, at.buffer, false, at.slot, row});
+    return exchange_.post({Wanted::statistics, at.buffer(), false, at.slot(), row});
   }
 
   __device__ __forceinline__ void far_gradient(const DecoupledNumbers& n, T* gradient) {
@@ -320,7 +321,7 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
   // Whether it released the row's slots.
   template <bool OwnReferences>
   __device__ __forceinline__ bool run_everywhere(const InFlight& at, float temperature, T* gradient) {
-    DecoupledNumbers& n = decoupled_numbers(exchange_.memory, at.buffer);
+    DecoupledNumbers& n = decoupled_numbers(exchange_.memory, at.buffer());
     const float inv_temperature = reciprocal(temperature), folded_ce = n.folded_ce;
     float a[2] = {n.student_reference, n.student_reference}, b[2] = {n.teacher_reference, n.teacher_reference};
     float student[2] = {n.student_sum[0], n.student_sum[1]}, teacher[2] = {n.teacher_sum[0], n.teacher_sum[1]};
@@ -394,7 +395,7 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
     for (int set = kStrong; set <= kWeak; set++)
       if (!has[set]) v[set] = teacher[set] > 0 && exchange_.lane == 0 && exchange_.warp == 0 && rank_ == 0 ? __builtin_inff() : 0;
     if (Kind == Split::label && has[kStrong]) v[kStrong] = 0;
-    const Request request{Wanted::sums, at.buffer, true, 0, 0};  // the values, which nobody here waits for
+    const Request request{Wanted::sums, at.buffer(), true, 0, 0};  // the values, which nobody here waits for
     exchange_.template post_sums<4>(warp_sums(v, exchange_.lane), request);
     return gradient && columns_ > 0;
   }

@@ -65,7 +65,9 @@ class DecoupledTotals : public Totals<T, ForwardKL> {
       Parcel part;
       if (lane_ < warps_) part = memory_->of_warps[b][lane_];
       switch (request.what) {
-        case Wanted::select: select(part, request); break;
+        case Wanted::select:
+          if constexpr (is_threshold(Kind)) select(part, request);
+          break;
         case Wanted::statistics: statistics(part, request); break;
         case Wanted::sums: sums(part, request, memory_->result[b]); break;
         default: top(part, memory_->result[b]);
@@ -275,7 +277,7 @@ class DecoupledTotals : public Totals<T, ForwardKL> {
 
  private:
   SplitMemory<T>* split_;
-  SelectTotals<T> select_;
+  SelectTotals<T, Kind == Split::top_p> select_;
   int statistics_ = 0;
   float weight_[3];
 };

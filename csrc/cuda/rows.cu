@@ -222,7 +222,8 @@ Plan plan(const RowProblem& p) {
   static constexpr Threads threads[] = {{1024, 128, 3}, {8192, 128, 3}, {16384, 256, 2}, {INT64_MAX, 512, 1}};
   const Threads* few = threads;
   while (p.vocab_size * (narrow ? 1 : 2) > few->up_to) few++;
-  Plan one{0, few->consumers, 0, few->blocks_per_sm, false}, two = one;
+  const int consumers = splits(p) ? std::min(few->consumers, kMaxSplitConsumers) : few->consumers;
+  Plan one{0, consumers, 0, few->blocks_per_sm, false}, two = one;
   two.ahead = true;
   for (const bool tight : {false, true})
     for (int cluster = 1; cluster <= 16 && one.cluster == 0; cluster *= 2) {
@@ -242,7 +243,7 @@ Plan plan(const RowProblem& p) {
     if (mixture || light || (needs_sums && two.cluster == one.cluster)) plan = two;
   }
   if (plan.cluster == 0) return plan;
-  if (plan.cluster == 1 && !plan.ahead && divergence <= DivergenceId::symmetric_kl && narrow && few->consumers == 512)
+  if (plan.cluster == 1 && !plan.ahead && divergence <= DivergenceId::symmetric_kl && narrow && consumers == 512)
     plan.slot_columns = 8192;  // 0.95 instead of 0.93 at 32000
   // A larger cluster where rows are too few to fill the chip.
   while (plan.cluster < 16 && p.rows * plan.cluster * 2 <= d.multiprocessors && share(p, plan.cluster * 2) >= 2048) {
@@ -258,7 +259,7 @@ void row_loss(const RowProblem& p, const Plan& plan, void* stream) {
   if (p.rows == 0) return;
   const Device d = current_device();
   const bool possible = plan.cluster >= 1 && plan.cluster <= 16 && plan.consumers >= 32 &&
-                        plan.consumers <= kMaxConsumers && plan.consumers % 32 == 0 &&
+                        plan.consumers <= (splits(p) ? kMaxSplitConsumers : kMaxConsumers) && plan.consumers % 32 == 0 &&
                         plan.slot_columns >= plan.consumers * group(p) && plan.slot_columns % (32 * group(p)) == 0;
   if (!possible || chunks(p, plan) * (plan.ahead ? 2 : 1) > slots(d, p, plan))
     throw std::invalid_argument("kdkernels: this problem does not fit the plan asked for");

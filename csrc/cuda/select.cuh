@@ -206,14 +206,14 @@ class Scout {
 };
 
 // ---- A round's decision, by the warp of totals: all blocks come to the same.
-template <class T>
+template <class T, bool kMass>
 class SelectTotals {
   using Math = FloatMath;
   static constexpr int kEach = kBins / 32;
 
  public:
   __device__ SelectTotals(const ClusterProblem& problem, SelectMemory<T>* memory, uint32_t* of_blocks, int blocks, int rank, int lane)
-      : amount_(problem.strong_amount), mass_(by_mass(problem.rows)), memory_(memory), of_blocks_(of_blocks),
+      : amount_(problem.strong_amount), memory_(memory), of_blocks_(of_blocks),
         blocks_(blocks), rank_(rank), lane_(lane) {}
 
   // `sums`, in lanes 0 and 8: what lies above the window's exact part (columns or mass), and the mass of all.
@@ -273,13 +273,13 @@ class SelectTotals {
   // The threshold; or NaN, and the window of another round.
   __device__ float decide(const uint32_t (&counts)[kEach], float above, float all, float k) {
     const float infinity = __builtin_inff(), again = __builtin_nanf("");
-    if (mass_ && !(all > 0 && all < infinity)) {
+    if (kMass && !(all > 0 && all < infinity)) {
       // The reference is far off; or the row holds no number, or a NaN, and then it is NaN whatever its set.
       if (all != all || !(fabsf(window_.reference) < infinity) || rounds_++ > kMostRounds) return -infinity;
       window_.reference = again;
       return again;
     }
-    const float target = mass_ ? amount_ * all : amount_, middle = window_.middle();
+    const float target = kMass ? amount_ * all : amount_, middle = window_.middle();
     // The lower half of the warp has the exact part, the upper the coarse one.
     const bool coarse = lane_ >= 16;
     const float width = window_.inv_width > 0 ? 1 / window_.inv_width : 0;
@@ -288,14 +288,15 @@ class SelectTotals {
     for (int i = 0; i < kEach; i++) {
       const int bin = lane_ % 16 * kEach + i;
       held[i] = float(counts[i]);
-      if (mass_ && counts[i]) {
+      if (kMass && counts[i]) {
         const float value =
             coarse ? window_.coarse + (bin + 0.5f) * width : value_at<T>(window_.low + (uint32_t(bin) << kSpareBits<T>));
-        held[i] *= Math::exp2(fminf(fmaf(value, k, -(window_.reference * k)), 100));  // as count_window's masses
+        const float exponent = fmaf(value, k, -(window_.reference * k));  // as count_window's
+        held[i] *= Math::exp2(coarse ? fminf(exponent, 100) : exponent);
       }
       mine += held[i];
     }
-    if (mass_ && window_.coarse == middle) {  // what the last interval holds is known
+    if (kMass && window_.coarse == middle) {  // what the last interval holds is known
       float others = coarse ? mine - (lane_ == 31 ? held[kEach - 1] : 0) : 0;
 #pragma unroll
       for (int d = 16; d > 0; d /= 2) others += __shfl_xor_sync(kAllLanes, others, d);
@@ -350,7 +351,6 @@ class SelectTotals {
 
   static constexpr int kMostRounds = 100;
   const float amount_;
-  const bool mass_;
   SelectMemory<T>* memory_;
   uint32_t* of_blocks_;  // (2, blocks, kBins)
   const int blocks_, rank_, lane_;

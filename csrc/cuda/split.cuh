@@ -50,11 +50,22 @@ class SplitSweep : public Base {
   using Base::slot_;
   using Base::step_;
 
-  struct InFlight : Base::InFlight {
-    int ordinal = 0;    // of the row, among those of this cluster
-    int selecting = 0;  // the exchange to wait for
+  // A row between its first sweep and its last, in few registers: two are kept.
+  struct InFlight {
+    int place = 0;         // twice the slot it begins in, plus the parity
+    int ordinal = 0;       // of the row, among those of this cluster
+    int exchange = 0;      // the one to wait for: of the select, then of the statistics
+    int sums = 0;          // … of the sums between; 0: none
     float threshold = 0;
+    __device__ __forceinline__ int slot() const { return place >> 1; }
+    __device__ __forceinline__ uint32_t parity() const { return place & 1; }
+    __device__ __forceinline__ int buffer() const { return ordinal & 1; }
   };
+  __device__ __forceinline__ const RowHeader& enter(const InFlight& at) {
+    typename Base::InFlight base;
+    base.slot = at.slot(), base.parity = at.parity();
+    return Base::enter(base);
+  }
 
  public:
   static constexpr Split Kind = Kind_;
@@ -81,10 +92,7 @@ class SplitSweep : public Base {
         switch (left & 15) {
           case kBegin:
             if (row < rows) {
-              int slot = have ? now.slot + now.chunks : 0;
-              uint32_t parity = have ? now.parity : 0;
-              if (slot >= self.ring_.count) slot -= self.ring_.count, parity ^= 1;
-              next = self.begin(row, slot, parity, have ? now.buffer ^ 1 : 0, have ? now.ordinal + 1 : 0);
+              next = self.begin(have ? self.place_after(now) : 0, have ? now.ordinal + 1 : 0);
             }
             break;
           case kMiddle:
@@ -103,16 +111,25 @@ class SplitSweep : public Base {
     self.exchange_.post({Wanted::nothing_more, 0, false, 0, 0});
   }
 
+  // Where the next row begins. The slots of the last one may be the producer's again.
+  __device__ __forceinline__ int place_after(const InFlight& at) const {
+    const int chunks = at.buffer() ? chunks_[1] : chunks_[0], slot = at.slot() + chunks;
+    return slot >= ring_.count ? (slot - ring_.count) * 2 + !at.parity() : slot * 2 + at.parity();
+  }
+
   // Enters a row, and starts to look for its threshold.
-  __device__ __forceinline__ InFlight begin(uint32_t row, int slot, uint32_t parity, int buffer, int ordinal) {
+  __device__ __forceinline__ InFlight begin(int place, int ordinal) {
     InFlight at;
-    at.slot = slot, at.parity = parity, at.buffer = buffer, at.ordinal = ordinal;
-    barrier_wait(ring_.full_barrier(slot), parity);
-    const RowHeader& header = this->enter(at);
-    at.counts = header.scale != 0, at.chunks = header.chunks;
+    at.place = place, at.ordinal = ordinal;
+    barrier_wait(ring_.full_barrier(at.slot()), at.parity());
+    const RowHeader& header = enter(at);
+    if (at.buffer())
+      chunks_[1] = header.chunks;
+    else
+      chunks_[0] = header.chunks;
     if constexpr (is_threshold(Kind)) {
       wait_prepared(at);
-      if (at.counts && !everything()) at.selecting = sweep_window(at, memory_->select.scouted[buffer], true);
+      if (header.scale != 0 && !everything()) at.exchange = sweep_window(at, memory_->select.scouted[at.buffer()], true);
     }
     return at;
   }
@@ -121,8 +138,8 @@ class SplitSweep : public Base {
   __device__ __forceinline__ void settle(InFlight& at) {
     if constexpr (is_threshold(Kind)) {
       at.threshold = -__builtin_inff();
-      if (at.counts && !everything()) {
-        exchange_.wait(at.selecting);
+      if (enter(at).scale != 0 && !everything()) {
+        exchange_.wait(at.exchange);
         at.threshold = memory_->select.threshold;
         if (at.threshold != at.threshold) {
           const Found found = search_on(*this, at);
@@ -166,11 +183,11 @@ class SplitSweep : public Base {
  private:
   __device__ __forceinline__ bool everything() const { return Kind == Split::top_p && problem_.strong_amount >= 1; }
   __device__ __forceinline__ void wait_prepared(const InFlight& at) const {
-    barrier_wait(shared_address(&memory_->prepared[at.buffer]), at.ordinal >> 1 & 1);
+    barrier_wait(shared_address(&memory_->prepared[at.buffer()]), at.ordinal >> 1 & 1);
   }
   __device__ __forceinline__ void done_with_prepared(const InFlight& at) const {
     __syncwarp();
-    if (exchange_.lane == 0) barrier_arrive(shared_address(&memory_->used[at.buffer]));
+    if (exchange_.lane == 0) barrier_arrive(shared_address(&memory_->used[at.buffer()]));
   }
 
   // What few rows take is a function of its own: more rounds.
@@ -189,13 +206,13 @@ class SplitSweep : public Base {
 
   // A round of a select; the exchange that brings its outcome.
   __device__ __forceinline__ int sweep_window(const InFlight& at, Window<T> window, bool first) {
-    this->enter(at);
+    enter(at);
     constexpr bool kMass = Kind == Split::top_p;
     if (kMass && window.reference != window.reference) {
       const Found found = maximum(*this, at);
       exchange_.count = found.exchanges, window.reference = found.threshold;
     }
-    return exchange_.template post_sums<4>(count_window<kMass>(window), {Wanted::select, at.buffer, first, at.slot, 0});
+    return exchange_.template post_sums<4>(count_window<kMass>(window), {Wanted::select, at.buffer(), first, at.slot(), 0});
   }
 
   // The teacher's largest logit.
@@ -223,26 +240,24 @@ class SplitSweep : public Base {
     sweep_teacher([&]<bool Special>(uint4 t, int column) {
       float y[G];
       widen(t, y, T{});
-      bool inside[G], any = false;
+      bool inside[G];
 #pragma unroll
       for (int i = 0; i < G; i++) inside[i] = !Special || (column + i >= low_ && column + i < limit_);
       float e[G];  // a column's mass, or 1
 #pragma unroll
-      for (int i = 0; i < G; i++) {
-        e[i] = !Mass ? 1 : inside[i] ? Math::exp2(fmaf(y[i], k, -constant)) : 0;
-        const bool over = inside[i] && y[i] >= middle;
-        if (over) above += e[i];
-        any |= inside[i] && y[i] >= low && (!over || y[i] >= coarse);
-      }
+      for (int i = 0; i < G; i++) e[i] = !Mass ? 1 : inside[i] ? Math::exp2(fmaf(y[i], k, -constant)) : 0;
       if constexpr (Mass) all += Base::pairwise(e);
-      if (any) {
+      float largest = y[0];
 #pragma unroll
-        for (int i = 0; i < G; i++) {
-          const bool exact = !(y[i] >= middle);
-          const uint32_t bin = exact ? (image_of(y[i]) - first) >> kSpareBits<T>
-                                     : kExact + min(kCoarse - 1, int((y[i] - coarse) * inv_width));
-          count_in(bins + bin * 4, inside[i] && y[i] >= low && (exact || y[i] >= coarse));
-        }
+      for (int i = 1; i < G; i++) largest = fmaxf(largest, y[i]);
+      if (!(largest >= low)) return;
+#pragma unroll
+      for (int i = 0; i < G; i++) {
+        const bool exact = !(y[i] >= middle), counts = inside[i] && y[i] >= low;
+        if (counts && !exact) above += e[i];
+        uint32_t bin = (image_of(y[i]) - first) >> kSpareBits<T>;
+        if (!exact && y[i] >= coarse) bin = kExact + min(kCoarse - 1, int((y[i] - coarse) * inv_width));
+        count_in(bins + bin * 4, counts && (exact || y[i] >= coarse));
       }
     });
     float v[4] = {above, all, 0, 0};
@@ -299,6 +314,7 @@ class SplitSweep : public Base {
  private:
   float threshold_ = 0;
   int strong_label_ = -1;
+  int chunks_[2] = {1, 1};  // slots of the rows in flight
 };
 
 }  // namespace kdkernels::cuda

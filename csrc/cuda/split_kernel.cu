@@ -17,7 +17,7 @@ using DecoupledGiven = DecoupledSweep<T, Split::given>;
 
 // consumers + 96 threads: the last warps copy, add up totals, and look ahead for the windows of selects.
 template <class T, template <class> class Sweep>
-__global__ void __launch_bounds__(kMaxConsumers + 96, 1) split_cluster(const __grid_constant__ ClusterProblem problem) {
+__global__ void __launch_bounds__(kMaxSplitConsumers + 96, 1) split_cluster(const __grid_constant__ ClusterProblem problem) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ __align__(8) uint64_t full[kMaxSlots], empty[kMaxSlots];
   __shared__ RowHeader headers[kMaxSlots];

@@ -4,6 +4,9 @@
 
 namespace kdkernels::cuda {
 
+// At 128 registers a thread: docs/performance.md.
+constexpr int kMaxSplitConsumers = 416;
+
 enum class SplitSweepId { decoupled_label, decoupled_top_k, decoupled_top_p, decoupled_given, adaptive_kl };
 
 // The kernel's address, for the launch functions of the runtime.
