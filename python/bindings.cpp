@@ -102,7 +102,7 @@ void cuda_row_loss(const kd::RowProblem& problem, std::uintptr_t stream, const s
   if (!plan.empty() && plan.size() != 5) throw std::invalid_argument("a plan has 5 numbers");
   py::gil_scoped_release release;
   const kd::cuda::Plan chosen =
-      plan.empty() ? kd::cuda::plan(problem) : kd::cuda::Plan{plan[0], plan[1], plan[2], plan[3], plan[4] != 0};
+      plan.empty() ? kd::cuda::plan(problem) : kd::cuda::Plan{plan[0], plan[1], plan[2], plan[3], plan[4]};
   kd::cuda::row_loss(problem, chosen, pointer(stream));
 }
 

@@ -46,7 +46,7 @@ class AdaptiveTotals : public Totals<T, AdaptiveKL> {
       switch (request.what) {
         case Wanted::select: {
           float v[4] = {part.v[0], part.v[1], 0, 0};
-          select_.round(warp_sums(v, lane_), request.is_value, request.buffer, headers_[request.slot].log2e_over_temperature);
+          select_.round(warp_sums(v, lane_), request, headers_[request.slot].log2e_over_temperature);
           break;
         }
         case Wanted::statistics: this->statistics(part, request); break;
@@ -119,16 +119,16 @@ class AdaptiveSweep : public SplitSweep<T, Split::top_p, RowSweep<T, AdaptiveKL>
       if (this->enter(at).scale != 0) at.sums = far_sums(at);
   }
 
-  __device__ __forceinline__ void start(uint32_t row, InFlight& at) {
+  __device__ __forceinline__ int start(InFlight& at, uint32_t row) {
     this->settle(at);
     const RowHeader& header = this->enter(at);
-    if (header.scale == 0) return;
+    if (header.scale == 0) return 0;
     const Request request{Wanted::statistics, at.buffer(), false, at.slot(), row};
     const bool hard = problem_.with_ce && header.temperature != 1;
-    at.exchange = hard ? this->template statistics<true>(request) : this->template statistics<false>(request);
+    return hard ? this->template statistics<true>(request) : this->template statistics<false>(request);
   }
 
-  __device__ __forceinline__ void finish(uint32_t row, const InFlight& at) {
+  __device__ __forceinline__ void finish(const InFlight& at, uint32_t row) {
     const RowHeader& header = this->enter(at);
     T* gradient = p_.gradient ? static_cast<T*>(p_.gradient) + header.gradient : nullptr;
     const int chunks = header.chunks;

@@ -45,16 +45,16 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
 
   __device__ __forceinline__ void middle(const InFlight&) {}
 
-  __device__ __forceinline__ void start(uint32_t row, InFlight& at) {
+  __device__ __forceinline__ int start(InFlight& at, uint32_t row) {
     this->settle(at);
     const RowHeader& header = this->enter(at);
-    if (header.scale == 0) return;
+    if (header.scale == 0) return 0;
     this->set_split(at, header.label);
     const bool hard = problem_.with_ce && header.temperature != 1;
-    at.exchange = hard ? statistics<true>(at, row) : statistics<false>(at, row);
+    return hard ? statistics<true>(at, row) : statistics<false>(at, row);
   }
 
-  __device__ __forceinline__ void finish(uint32_t row, const InFlight& at) {
+  __device__ __forceinline__ void finish(const InFlight& at, uint32_t row) {
     const RowHeader& header = this->enter(at);
     T* gradient = p_.gradient ? static_cast<T*>(p_.gradient) + header.gradient : nullptr;
     const int chunks = header.chunks;

@@ -80,7 +80,7 @@ class DecoupledTotals : public Totals<T, ForwardKL> {
  private:
   __device__ void select(const Parcel& part, const Request& request) {
     float v[4] = {part.v[0], part.v[1], 0, 0};
-    select_.round(warp_sums(v, lane_), request.is_value, request.buffer, headers_[request.slot].log2e_over_temperature);
+    select_.round(warp_sums(v, lane_), request, headers_[request.slot].log2e_over_temperature);
   }
 
   __device__ void top(const Parcel& part, Parcel& result) {

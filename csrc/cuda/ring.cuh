@@ -21,7 +21,7 @@ struct ClusterProblem {
   // The problem's doubles as the kernel computes with them.
   float kd_weight, ce_weight, temperature, parameters[4], strong_amount;
   bool with_ce, reads_labels, scale_by_temperature, scale_gradient;
-  bool ahead;  // the ring holds a row and the next
+  int ahead;  // rows that the ring holds beside the one at hand
 };
 
 // Row numbers fit 32 bits here, and dividing by 32-bit numbers is what a GPU can afford.

@@ -223,8 +223,8 @@ Plan plan(const RowProblem& p) {
   const Threads* few = threads;
   while (p.vocab_size * (narrow ? 1 : 2) > few->up_to) few++;
   const int consumers = splits(p) ? std::min(few->consumers, kMaxSplitConsumers) : few->consumers;
-  Plan one{0, consumers, 0, few->blocks_per_sm, false}, two = one;
-  two.ahead = true;
+  Plan one{0, consumers, 0, few->blocks_per_sm, 0}, two = one;
+  two.ahead = 1;
   for (const bool tight : {false, true})
     for (int cluster = 1; cluster <= 16 && one.cluster == 0; cluster *= 2) {
       Plan wider = one;
@@ -249,7 +249,7 @@ Plan plan(const RowProblem& p) {
   while (plan.cluster < 16 && p.rows * plan.cluster * 2 <= d.multiprocessors && share(p, plan.cluster * 2) >= 2048) {
     Plan wider = plan;
     wider.cluster *= 2;
-    if (!lay_out(d, p, wider, plan.ahead ? 2 : 1, false)) break;
+    if (!lay_out(d, p, wider, 1 + plan.ahead, false)) break;
     plan = wider;
   }
   return plan;
@@ -258,10 +258,10 @@ Plan plan(const RowProblem& p) {
 void row_loss(const RowProblem& p, const Plan& plan, void* stream) {
   if (p.rows == 0) return;
   const Device d = current_device();
-  const bool possible = plan.cluster >= 1 && plan.cluster <= 16 && plan.consumers >= 32 &&
+  const bool possible = plan.ahead >= 0 && plan.ahead <= (selects(p) ? 2 : 1) && plan.cluster >= 1 && plan.cluster <= 16 && plan.consumers >= 32 &&
                         plan.consumers <= (splits(p) ? kMaxSplitConsumers : kMaxConsumers) && plan.consumers % 32 == 0 &&
                         plan.slot_columns >= plan.consumers * group(p) && plan.slot_columns % (32 * group(p)) == 0;
-  if (!possible || chunks(p, plan) * (plan.ahead ? 2 : 1) > slots(d, p, plan))
+  if (!possible || chunks(p, plan) * (1 + plan.ahead) > slots(d, p, plan))
     throw std::invalid_argument("kdkernels: this problem does not fit the plan asked for");
   ClusterProblem problem{p, end_of(p.student), end_of(p.teacher), int(share(p, plan.cluster)), plan.slot_columns,
                          slots(d, p, plan), float(p.kd_weight), float(p.ce_weight), float(p.temperature),

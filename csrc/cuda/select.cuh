@@ -15,6 +15,7 @@ namespace kdkernels::cuda {
 
 constexpr int kExact = 128, kCoarse = 128, kBins = kExact + kCoarse;
 constexpr int kScoutBins = 128;
+constexpr int kScouted = 4;  // rows that the scout may be ahead of the consumers
 
 // Floats in the order of unsigned integers; both zeros have one.
 __device__ __forceinline__ uint32_t image_of(float x) {
@@ -63,13 +64,21 @@ struct Window {
   __device__ float middle() const { return bounded() ? value_at<T>(middle_image()) : __builtin_nanf(""); }
 };
 
+// What is known of a row's threshold between rounds: its image lies in [least, beyond).
+template <class T>
+struct Search {
+  Window<T> window;
+  uint32_t least, beyond;
+  int rounds;
+};
+
 template <class T>
 struct SelectMemory {
   alignas(16) uint32_t bins[kBins];  // of this block; all 0 between rounds
   uint32_t scout_bins[kScoutBins];
-  Window<T> scouted[2];  // of the rows in flight; see SplitMemory
-  Window<T> window;   // of the next round
-  float threshold;    // NaN: another round
+  Window<T> scouted[kScouted];
+  Search<T> searches[2];  // of the rows in flight
+  float threshold[2];     // NaN: another round
   float sums_of_blocks[2][4][ExchangeMemory::kMaxBlocks];
   uint64_t sent[2];
 
@@ -93,14 +102,14 @@ class Scout {
   __device__ Scout(const ClusterProblem& problem, SelectMemory<T>* memory, int lane)
       : p_(problem.rows), temperature_(problem.temperature), amount_(problem.strong_amount), memory_(memory), lane_(lane) {}
 
-  // Two rows ahead of the consumers, which say when they have `used` what was `prepared`.
-  __device__ void serve(uint64_t (&prepared)[2], uint64_t (&used)[2], uint32_t first_row, uint32_t row_step) {
+  // Ahead of the consumers, which say when they have `used` what was `prepared`.
+  __device__ void serve(uint64_t (&prepared)[kScouted], uint64_t (&used)[kScouted], uint32_t first_row, uint32_t row_step) {
     for (int i = lane_; i < kScoutBins; i += 32) memory_->scout_bins[i] = 0;
     __syncwarp();
     int n = 0;
     for (uint32_t row = first_row; row < uint32_t(p_.rows); row += row_step, n++) {
-      const int b = n & 1;
-      barrier_wait(shared_address(&used[b]), (n >> 1 & 1) ^ 1);
+      const int b = n % kScouted;
+      barrier_wait(shared_address(&used[b]), (n / kScouted & 1) ^ 1);
       if (static_cast<const float*>(p_.row_scale)[row] != 0) {
         const Window<T> window = look(row);
         if (lane_ == 0) memory_->scouted[b] = window;
@@ -217,14 +226,19 @@ class SelectTotals {
         blocks_(blocks), rank_(rank), lane_(lane) {}
 
   // `sums`, in lanes 0 and 8: what lies above the window's exact part (columns or mass), and the mass of all.
-  __device__ void round(float sums, bool first, int buffer, float k) {
-    if (first) window_ = memory_->scouted[buffer], least_ = kLeastImage<T>, beyond_ = kBeyondImages, rounds_ = 0;
+  __device__ void round(float sums, const Request& request, float k) {
+    Search<T>& search = memory_->searches[request.buffer];
+    if (request.is_value) {
+      window_ = memory_->scouted[request.row % kScouted], least_ = kLeastImage<T>, beyond_ = kBeyondImages, rounds_ = 0;
+    } else {
+      window_ = search.window, least_ = search.least, beyond_ = search.beyond, rounds_ = search.rounds;
+    }
     if (window_.reference != window_.reference) window_.reference = maximum_;
     uint32_t counts[kEach];
     exchange(sums, counts);
     const float above = __shfl_sync(kAllLanes, sums, 0), all = __shfl_sync(kAllLanes, sums, 8);
     const float threshold = decide(counts, above, all, k);
-    if (lane_ == 0) memory_->window = window_, memory_->threshold = threshold;
+    if (lane_ == 0) search = {window_, least_, beyond_, rounds_}, memory_->threshold[request.buffer] = threshold;
   }
   // Of the row's logits, ahead of a round whose window knows no reference.
   __device__ void set_maximum(float maximum) { maximum_ = maximum; }

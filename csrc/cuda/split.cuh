@@ -16,7 +16,7 @@ struct SplitMemory {
   SelectMemory<T> select;
   uint64_t sent[2];
   // A select's first windows, which a warp of its own prepares ahead of the consumers.
-  uint64_t prepared[2], used[2];
+  uint64_t prepared[kScouted], used[kScouted];
 
   __device__ void init(int warps) {
     for (uint64_t& barrier : sent) barrier_init(shared_address(&barrier), 1);
@@ -75,61 +75,69 @@ class SplitSweep : public Base {
       : Base(problem, ring, exchange, blocks, rank), memory_(memory) {}
 
  protected:
-  // All rows of this cluster. Where the ring holds two rows, the exchanges of one hide behind the sweeps of the other:
-  //     select(next) | gradient(now) | statistics(next)        of a threshold, whose exchange the gradient hides;
-  //     select(next) | middle(now) | statistics(next) | gradient(now)    with another sweep in the middle.
-  // Every step stands here once and is chosen by number, so that the code of a row stays in the instruction cache.
+  // All rows of this cluster, through the steps
+  //     begin: enter a row, and post what a select is to know       start: wait for the select; post the statistics
+  //     middle: another sweep, if a divergence has one              finish: wait for the statistics; the gradient
+  // Where the ring holds two or three rows, steps of different ones take turns, and the exchange that a step waits for
+  // hides behind the others. A step stands here once and is chosen by number, so that the code of a row stays in the
+  // instruction cache.
   enum Step : uint32_t { kBegin = 1, kMiddle = 2, kStart = 3, kFinish = 4 };
   template <class Self>
   static __device__ __forceinline__ void consume(Self& self, uint32_t first_row, uint32_t row_step, uint32_t steps_ahead) {
     const uint32_t rows = uint32_t(self.p_.rows);
-    const uint32_t steps = self.problem_.ahead ? steps_ahead : kMiddle | kFinish << 4 | kBegin << 8 | kStart << 12;
-    InFlight now, next;
-    bool have = false;
-    for (uint32_t row = first_row; have || row < rows; row += row_step) {
+    const int ahead = self.problem_.ahead;
+    const uint32_t steps = ahead ? steps_ahead : kMiddle | kFinish << 4 | kBegin << 8 | kStart << 12;
+    InFlight last, now, next;  // to finish; to start, where three rows are in flight; to begin
+    bool have_last = false, have_now = false;
+    int place = 0, ordinal = 0;
+    for (uint32_t row = first_row; have_last || have_now || row < rows; row += row_step) {
+      const bool have_next = row < rows;
 #pragma unroll 1
       for (uint32_t left = steps; left; left >>= 4) {
         switch (left & 15) {
           case kBegin:
-            if (row < rows) {
-              next = self.begin(have ? self.place_after(now) : 0, have ? now.ordinal + 1 : 0);
+            if (have_next) {
+              next = self.begin(place, ordinal++);
+              place = self.place_after(next);
             }
             break;
           case kMiddle:
-            if (have) self.middle(now);
+            if (have_last) self.middle(last);
             break;
-          case kStart:
-            if (row < rows) self.start(row, next);
+          case kStart: {
+            InFlight at = ahead == 2 ? now : next;
+            if (ahead == 2 ? have_now : have_next) at.exchange = self.start(at, first_row + uint32_t(at.ordinal) * row_step);
+            if (ahead == 2)
+              now.exchange = at.exchange, now.threshold = at.threshold;
+            else
+              next.exchange = at.exchange, next.threshold = at.threshold;
             break;
+          }
           default:
-            if (have) self.finish(row - row_step, now);
+            if (have_last) self.finish(last, first_row + uint32_t(last.ordinal) * row_step);
         }
       }
-      have = row < rows;
-      now = next;
+      last = ahead == 2 ? now : next, have_last = ahead == 2 ? have_now : have_next;
+      now = next, have_now = ahead == 2 && have_next;
     }
     self.exchange_.post({Wanted::nothing_more, 0, false, 0, 0});
   }
 
-  // Where the next row begins. The slots of the last one may be the producer's again.
+  // Where the row after this one begins, while this one's header is there.
   __device__ __forceinline__ int place_after(const InFlight& at) const {
-    const int chunks = at.buffer() ? chunks_[1] : chunks_[0], slot = at.slot() + chunks;
+    const int slot = at.slot() + ring_.headers[at.slot()].chunks;
     return slot >= ring_.count ? (slot - ring_.count) * 2 + !at.parity() : slot * 2 + at.parity();
   }
 
-  // Enters a row, and starts to look for its threshold.
   __device__ __forceinline__ InFlight begin(int place, int ordinal) {
     InFlight at;
     at.place = place, at.ordinal = ordinal;
     barrier_wait(ring_.full_barrier(at.slot()), at.parity());
     const RowHeader& header = enter(at);
-    if (at.buffer())
-      chunks_[1] = header.chunks;
-    else
-      chunks_[0] = header.chunks;
     if constexpr (is_threshold(Kind)) {
       wait_prepared(at);
-      if (header.scale != 0 && !everything()) at.exchange = sweep_window(at, memory_->select.scouted[at.buffer()], true);
+      if (header.scale != 0 && !everything())
+        at.exchange = sweep_window(at, memory_->select.scouted[at.ordinal % kScouted], true);
     }
     return at;
   }
@@ -140,7 +148,7 @@ class SplitSweep : public Base {
       at.threshold = -__builtin_inff();
       if (enter(at).scale != 0 && !everything()) {
         exchange_.wait(at.exchange);
-        at.threshold = memory_->select.threshold;
+        at.threshold = memory_->select.threshold[at.buffer()];
         if (at.threshold != at.threshold) {
           const Found found = search_on(*this, at);
           exchange_.count = found.exchanges, at.threshold = found.threshold;
@@ -183,11 +191,11 @@ class SplitSweep : public Base {
  private:
   __device__ __forceinline__ bool everything() const { return Kind == Split::top_p && problem_.strong_amount >= 1; }
   __device__ __forceinline__ void wait_prepared(const InFlight& at) const {
-    barrier_wait(shared_address(&memory_->prepared[at.buffer()]), at.ordinal >> 1 & 1);
+    barrier_wait(shared_address(&memory_->prepared[at.ordinal % kScouted]), at.ordinal / kScouted & 1);
   }
   __device__ __forceinline__ void done_with_prepared(const InFlight& at) const {
     __syncwarp();
-    if (exchange_.lane == 0) barrier_arrive(shared_address(&memory_->used[at.buffer()]));
+    if (exchange_.lane == 0) barrier_arrive(shared_address(&memory_->used[at.ordinal % kScouted]));
   }
 
   // What few rows take is a function of its own: more rounds.
@@ -196,10 +204,11 @@ class SplitSweep : public Base {
     float threshold;
   };
   static __device__ __noinline__ Found search_on(SplitSweep self, InFlight at) {
+    self.exchange_.wait(self.exchange_.count - 1);  // another row's counts may be on their way
     float threshold = __builtin_nanf("");
     while (threshold != threshold) {
-      self.exchange_.wait(self.sweep_window(at, self.memory_->select.window, false));
-      threshold = self.memory_->select.threshold;
+      self.exchange_.wait(self.sweep_window(at, self.memory_->select.searches[at.buffer()].window, false));
+      threshold = self.memory_->select.threshold[at.buffer()];
     }
     return {self.exchange_.count, threshold};
   }
@@ -212,7 +221,7 @@ class SplitSweep : public Base {
       const Found found = maximum(*this, at);
       exchange_.count = found.exchanges, window.reference = found.threshold;
     }
-    return exchange_.template post_sums<4>(count_window<kMass>(window), {Wanted::select, at.buffer(), first, at.slot(), 0});
+    return exchange_.template post_sums<4>(count_window<kMass>(window), {Wanted::select, at.buffer(), first, at.slot(), uint32_t(at.ordinal)});
   }
 
   // The teacher's largest logit.
@@ -314,7 +323,6 @@ class SplitSweep : public Base {
  private:
   float threshold_ = 0;
   int strong_label_ = -1;
-  int chunks_[2] = {1, 1};  // slots of the rows in flight
 };
 
 }  // namespace kdkernels::cuda
