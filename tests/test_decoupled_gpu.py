@@ -199,9 +199,8 @@ def test_stats(backend, make, dtype):
             other = getattr(expected, name)
             assert (value is None) == (other is None), name
             if value is not None:
-                # A term alone may be far smaller than what it is a part of; BCD between far models is a difference.
-                floor = 0.0 if noise < 1 else 1.0 if name == "bcd" else 0.1
-                assert_near(name, value, other, 2e-6, floor=floor)
+                # A term alone may be far smaller than what it is a part of.
+                assert_near(name, value, other, 2e-6, floor=0.1 if noise == 1 else 0.0)
                 assert float(value[2]) == 0
 
 
@@ -387,16 +386,12 @@ def test_weights_on_the_device(backend, dtype):
 
 
 @pytest.mark.parametrize(
-    "numbers",
-    [(4, 416, 8192, 1, 0), (2, 256, 8192, 1, 0), (8, 416, 4096, 1, 2), (8, 256, 4096, 1, 1), (16, 64, 4096, 1, 2)],
+    "numbers", [(4, 512, 8192, 1, 0), (2, 512, 8192, 1, 0), (8, 512, 8192, 1, 0), (8, 256, 8192, 1, 1)]
 )
 @A_FEW
 def test_plans(plan, make, numbers):
     """Other layouts over the chip give the same."""
-    student, teacher = logits_pair(37, 50000, dtype=torch.bfloat16)
-    divergence = make(50000)
-    strong = divergence.canonical().strong_set()
-    *layout, ahead = numbers
-    plan(*layout, ahead if isinstance(strong, kd.TopK | kd.TopP) else min(ahead, 1))
+    student, teacher = logits_pair(11, 50000, dtype=torch.bfloat16)
+    plan(*numbers)
     with kd.backends.use("native"):
         check(student, teacher, make)

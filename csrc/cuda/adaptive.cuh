@@ -35,7 +35,8 @@ class AdaptiveTotals : public Totals<T, AdaptiveKL> {
                             int warps, int lane, SplitMemory<T>* split, uint32_t* counts)
       : Base(problem, ring, memory, blocks, rank, warps, lane), select_(problem, &split->select, counts, blocks, rank, lane) {}
 
-  __device__ void serve() {
+  __device__ void serve(bool second) {
+    if (second) return;
     for (int n = 0;; n++) {
       const int b = n % ExchangeMemory::kInFlight;
       barrier_wait(shared_address(&memory_->posted[b]), n / ExchangeMemory::kInFlight & 1);

@@ -56,12 +56,14 @@ class DecoupledTotals : public Totals<T, ForwardKL> {
       weight_[i] = p_.weights ? static_cast<const float*>(p_.weights)[i] : problem.parameters[i];
   }
 
-  __device__ void serve() {
+  __device__ void serve(bool second) {
+    second_ = second;
     for (int n = 0;; n++) {
       const int b = n % ExchangeMemory::kInFlight;
       barrier_wait(shared_address(&memory_->posted[b]), n / ExchangeMemory::kInFlight & 1);
       const Request request = memory_->request[b];
       if (request.what == Wanted::nothing_more) return;
+      if (!is_own(request, Kind, second)) continue;
       Parcel part;
       if (lane_ < warps_) part = memory_->of_warps[b][lane_];
       switch (request.what) {
@@ -154,17 +156,17 @@ class DecoupledTotals : public Totals<T, ForwardKL> {
     constexpr int kValues = 9;
     const float values[kValues] = {mine.v[0][0], mine.v[0][1], mine.v[0][2], mine.v[1][0], mine.v[1][1], mine.v[1][2], mine.a, mine.b, mine.hard};
     const int b = statistics_ & 1;
-    const uint32_t barrier = shared_address(&split_->sent[b]);
+    const uint32_t barrier = shared_address(&split_->sent[second_][b]);
     if (lane_ < blocks_)
 #pragma unroll
       for (int i = 0; i < kValues; i++)
-        store_remote(address_in(shared_address(&split_->of_blocks[b][i][rank_]), lane_), values[i], address_in(barrier, lane_));
+        store_remote(address_in(shared_address(&split_->of_blocks[second_][b][i][rank_]), lane_), values[i], address_in(barrier, lane_));
     if (lane_ == 0) barrier_arrive_expecting(barrier, kValues * blocks_ * 4);
     barrier_wait_cluster(barrier, statistics_ >> 1 & 1);
     statistics_++;
     float theirs[kValues];
 #pragma unroll
-    for (int i = 0; i < kValues; i++) theirs[i] = lane_ < blocks_ ? split_->of_blocks[b][i][lane_] : 0;
+    for (int i = 0; i < kValues; i++) theirs[i] = lane_ < blocks_ ? split_->of_blocks[second_][b][i][lane_] : 0;
     Sums out{{{theirs[0], theirs[1], theirs[2]}, {theirs[3], theirs[4], theirs[5]}}, theirs[6], theirs[7], theirs[8]};
     if (lane_ >= blocks_) out.a = out.b = kPadding;
     return out;
@@ -279,6 +281,7 @@ class DecoupledTotals : public Totals<T, ForwardKL> {
   SplitMemory<T>* split_;
   SelectTotals<T, Kind == Split::top_p> select_;
   int statistics_ = 0;
+  bool second_ = false;
   float weight_[3];
 };
 

@@ -91,7 +91,7 @@ const void* kernel_of(const RowProblem& p) {
 }
 
 // Threads of a block beside the consumers.
-int helpers(const RowProblem& p) { return splits(p) ? 96 : 64; }
+int helpers(const RowProblem& p) { return splits(p) ? kSplitHelpers : 64; }
 
 int group(const RowProblem& p) { return int(16 / bytes_per_element(p.student.dtype)); }
 

@@ -11,15 +11,17 @@ constexpr bool is_threshold(Split kind) { return kind == Split::top_k || kind ==
 // Shared memory of a split kernel beside the ring's and the exchange's.
 template <class T>
 struct SplitMemory {
-  float of_blocks[2][9][ExchangeMemory::kMaxBlocks];  // what blocks send each other of their statistics
+  // What blocks send each other of their statistics: of each of both warps of totals, in two buffers.
+  float of_blocks[2][2][9][ExchangeMemory::kMaxBlocks];
   float strong_of_warps[2][3][ExchangeMemory::kMaxWarps];  // of the rows in flight
   SelectMemory<T> select;
-  uint64_t sent[2];
+  uint64_t sent[2][2];
   // A select's first windows, which a warp of its own prepares ahead of the consumers.
   uint64_t prepared[kScouted], used[kScouted];
 
   __device__ void init(int warps) {
-    for (uint64_t& barrier : sent) barrier_init(shared_address(&barrier), 1);
+    for (auto& barriers : sent)
+      for (uint64_t& barrier : barriers) barrier_init(shared_address(&barrier), 1);
     for (uint64_t& barrier : prepared) barrier_init(shared_address(&barrier), 1);
     for (uint64_t& barrier : used) barrier_init(shared_address(&barrier), warps);
     select.init();
@@ -29,6 +31,13 @@ struct SplitMemory {
 // Dynamic shared memory ahead of the ring: the counts of a select.
 constexpr int split_bytes(StrongSetId strong, int blocks) {
   return strong == StrongSetId::top_k || strong == StrongSetId::top_p ? select_bytes(blocks) : 0;
+}
+
+// Two warps add up totals, each what is its own: of a threshold's rows, the second takes the statistics, so that a row's
+// select does not wait for another row's; of others, the rows take turns.
+__device__ __forceinline__ bool is_own(const Request& request, Split kind, bool second) {
+  if (request.what != Wanted::statistics) return !second;
+  return is_threshold(kind) ? second : second == (request.buffer == 1);
 }
 
 template <class T, Split Kind_, class Base>

@@ -15,16 +15,16 @@ using DecoupledTopP = DecoupledSweep<T, Split::top_p>;
 template <class T>
 using DecoupledGiven = DecoupledSweep<T, Split::given>;
 
-// consumers + 96 threads: the last warps copy, add up totals, and look ahead for the windows of selects.
+// The last four warps of a block copy, look ahead for the windows of selects, and, two of them, add up totals.
 template <class T, template <class> class Sweep>
-__global__ void __launch_bounds__(kMaxSplitConsumers + 96, 1) split_cluster(const __grid_constant__ ClusterProblem problem) {
+__global__ void __launch_bounds__(kMaxSplitConsumers + kSplitHelpers, 1) split_cluster(const __grid_constant__ ClusterProblem problem) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ __align__(8) uint64_t full[kMaxSlots], empty[kMaxSlots];
   __shared__ RowHeader headers[kMaxSlots];
   __shared__ ExchangeMemory exchange_memory;
   __shared__ SplitMemory<T> split_memory;
   const int blocks = int(cluster_size()), rank = int(cluster_rank());
-  const int warps = int(blockDim.x) / 32 - 3, warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  const int warps = int(blockDim.x - kSplitHelpers) / 32, warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   const uint32_t first_row = blockIdx.x / blocks, row_step = gridDim.x / blocks;
 
   Ring<T> ring;
@@ -49,11 +49,12 @@ __global__ void __launch_bounds__(kMaxSplitConsumers + 96, 1) split_cluster(cons
     if (lane == 0) ring.template produce<Sweep<T>::Kind == Split::given>(problem, first_row, row_step, rank * problem.share);
     __syncwarp();
   } else if (warp == warps + 1) {
+    if constexpr (is_threshold(Sweep<T>::Kind))
+      Scout<T>(problem, &split_memory.select, lane).serve(split_memory.prepared, split_memory.used, first_row, row_step);
+  } else {
     typename Sweep<T>::Totals(problem, ring, &exchange_memory, blocks, rank, warps, lane, &split_memory,
                               reinterpret_cast<uint32_t*>(shared))
-        .serve();
-  } else if constexpr (is_threshold(Sweep<T>::Kind)) {
-    Scout<T>(problem, &split_memory.select, lane).serve(split_memory.prepared, split_memory.used, first_row, row_step);
+        .serve(warp == warps + 3);
   }
   cluster_sync();  // no block leaves while another may still store into it
 }

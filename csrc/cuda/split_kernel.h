@@ -5,7 +5,7 @@
 namespace kdkernels::cuda {
 
 // At 128 registers a thread: docs/performance.md.
-constexpr int kMaxSplitConsumers = 416;
+constexpr int kMaxSplitConsumers = 384, kSplitHelpers = 128;
 
 enum class SplitSweepId { decoupled_label, decoupled_top_k, decoupled_top_p, decoupled_given, adaptive_kl };
 
