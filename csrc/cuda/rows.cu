@@ -258,7 +258,7 @@ Plan plan(const RowProblem& p) {
 void row_loss(const RowProblem& p, const Plan& plan, void* stream) {
   if (p.rows == 0) return;
   const Device d = current_device();
-  const bool possible = plan.ahead >= 0 && plan.ahead <= (selects(p) ? 2 : 1) && plan.cluster >= 1 && plan.cluster <= 16 && plan.consumers >= 32 &&
+  const bool possible = plan.ahead >= 0 && plan.ahead <= 1 && plan.cluster >= 1 && plan.cluster <= 16 && plan.consumers >= 32 &&
                         plan.consumers <= (splits(p) ? kMaxSplitConsumers : kMaxConsumers) && plan.consumers % 32 == 0 &&
                         plan.slot_columns >= plan.consumers * group(p) && plan.slot_columns % (32 * group(p)) == 0;
   if (!possible || chunks(p, plan) * (1 + plan.ahead) > slots(d, p, plan))

@@ -14,7 +14,7 @@ struct Plan {
   int consumers = 0;      // threads of a block that compute; 64 more copy and add up
   int slot_columns = 0;   // columns of both rows in a ring slot
   int blocks_per_sm = 1;  // that share a multiprocessor's shared memory
-  int ahead = 0;          // rows whose first sweeps come before this row's gradient, 0 to 2; all must fit the ring
+  int ahead = 0;          // 1: the next row's first sweep comes before this row's gradient; two rows must fit the ring
 };
 
 // Why the device (its number) cannot run the kernels; empty where it can.

@@ -87,47 +87,36 @@ class SplitSweep : public Base {
   // All rows of this cluster, through the steps
   //     begin: enter a row, and post what a select is to know       start: wait for the select; post the statistics
   //     middle: another sweep, if a divergence has one              finish: wait for the statistics; the gradient
-  // Where the ring holds two or three rows, steps of different ones take turns, and the exchange that a step waits for
-  // hides behind the others. A step stands here once and is chosen by number, so that the code of a row stays in the
+  // Where the ring holds two rows, steps of one and of the next take turns, and the exchange that a step waits for hides
+  // behind the other's. A step stands here once and is chosen by number, so that the code of a row stays in the
   // instruction cache.
   enum Step : uint32_t { kBegin = 1, kMiddle = 2, kStart = 3, kFinish = 4 };
   template <class Self>
   static __device__ __forceinline__ void consume(Self& self, uint32_t first_row, uint32_t row_step, uint32_t steps_ahead) {
     const uint32_t rows = uint32_t(self.p_.rows);
-    const int ahead = self.problem_.ahead;
-    const uint32_t steps = ahead ? steps_ahead : kMiddle | kFinish << 4 | kBegin << 8 | kStart << 12;
-    InFlight last, now, next;  // to finish; to start, where three rows are in flight; to begin
-    bool have_last = false, have_now = false;
+    const uint32_t steps = self.problem_.ahead ? steps_ahead : kMiddle | kFinish << 4 | kBegin << 8 | kStart << 12;
+    InFlight now, next;
+    bool have = false;
     int place = 0, ordinal = 0;
-    for (uint32_t row = first_row; have_last || have_now || row < rows; row += row_step) {
-      const bool have_next = row < rows;
+    for (uint32_t row = first_row; have || row < rows; row += row_step) {
 #pragma unroll 1
       for (uint32_t left = steps; left; left >>= 4) {
         switch (left & 15) {
           case kBegin:
-            if (have_next) {
-              next = self.begin(place, ordinal++);
-              place = self.place_after(next);
-            }
+            if (row < rows) next = self.begin(place, ordinal++), place = self.place_after(next);
             break;
           case kMiddle:
-            if (have_last) self.middle(last);
+            if (have) self.middle(now);
             break;
-          case kStart: {
-            InFlight at = ahead == 2 ? now : next;
-            if (ahead == 2 ? have_now : have_next) at.exchange = self.start(at, first_row + uint32_t(at.ordinal) * row_step);
-            if (ahead == 2)
-              now.exchange = at.exchange, now.threshold = at.threshold;
-            else
-              next.exchange = at.exchange, next.threshold = at.threshold;
+          case kStart:
+            if (row < rows) next.exchange = self.start(next, row);
             break;
-          }
           default:
-            if (have_last) self.finish(last, first_row + uint32_t(last.ordinal) * row_step);
+            if (have) self.finish(now, row - row_step);
         }
       }
-      last = ahead == 2 ? now : next, have_last = ahead == 2 ? have_now : have_next;
-      now = next, have_now = ahead == 2 && have_next;
+      have = row < rows;
+      now = next;
     }
     self.exchange_.post({Wanted::nothing_more, 0, false, 0, 0});
   }
@@ -213,7 +202,6 @@ class SplitSweep : public Base {
     float threshold;
   };
   static __device__ __noinline__ Found search_on(SplitSweep self, InFlight at) {
-    self.exchange_.wait(self.exchange_.count - 1);  // another row's counts may be on their way
     float threshold = __builtin_nanf("");
     while (threshold != threshold) {
       self.exchange_.wait(self.sweep_window(at, self.memory_->select.searches[at.buffer()].window, false));
