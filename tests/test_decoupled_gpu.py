@@ -386,7 +386,7 @@ def test_weights_on_the_device(backend, dtype):
 
 
 @pytest.mark.parametrize(
-    "numbers", [(4, 512, 8192, 1, 0), (2, 512, 8192, 1, 0), (8, 512, 8192, 1, 0), (8, 256, 8192, 1, 1)]
+    "numbers", [(4, 384, 8192, 1, 0), (2, 384, 8192, 1, 0), (8, 128, 4096, 2, 0), (8, 256, 8192, 1, 1)]
 )
 @A_FEW
 def test_plans(plan, make, numbers):
