@@ -84,7 +84,7 @@ def test_equal_models(backend, make, dtype):
     divergence = on_device(make(2000), "cuda")
     loss = kd.distillation_loss(student, student.detach(), labels_for(4, 2000).cuda(), divergence=divergence)
     loss.backward()
-    assert float(loss) < 1e-12
+    assert float(loss.detach()) < 1e-12
     assert float(student.grad.abs().max()) < 1e-8
 
 
@@ -200,7 +200,7 @@ def test_stats(backend, make, dtype):
             assert (value is None) == (other is None), name
             if value is not None:
                 # A term alone may be far smaller than what it is a part of; BCD between far models is a difference.
-                floor = 0.0 if noise < 1 else 1.0 if name == "bcd" else 0.1
+                floor = (0.1 if noise == 1 else 0.0) if name != "bcd" else 1.0 if noise == 1 else 1e-3
                 assert_near(name, value, other, 2e-6, floor=floor)
                 assert float(value[2]) == 0
 
@@ -240,7 +240,7 @@ def test_thresholds(backend, dtype, width, temperature):
         for strong in sets:
             actual, expected = gpu_stats(student, teacher, kd.Decoupled(strong), temperature=temperature)
             mass, exact = actual.strong_mass_teacher.double(), expected.strong_mass_teacher
-            agree = (mass - exact).abs() <= 2e-6 * exact + 1e-12
+            agree = (mass - exact).abs() <= 4e-6 * exact + 1e-12
             if isinstance(strong, kd.TopP):
                 # Where a set's mass is the one asked for up to rounding, either set is right.
                 p = (teacher.cuda().double() / temperature).softmax(-1)
