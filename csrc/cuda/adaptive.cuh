@@ -203,7 +203,19 @@ class AdaptiveSweep : public SplitSweep<T, Split::top_p, RowSweep<T, AdaptiveKL>
     const RowNumbers& n = row_numbers(exchange_.memory, at.buffer());
     const float folded_ce = n.folded_ce;
     kd_ = n.kd, this->ce_ = n.ce, hard_factor_ = n.hard_factor, this->hard_reference_ = n.student_reference;
-    const RowConstants<Math> row = this->row_constants(n, reciprocal(temperature), at.buffer(), gradient != nullptr);
+    const float inv_temperature = reciprocal(temperature), max_gap = n.teacher_reference - n.student_reference;
+    RowConstants<Math> row;
+    row.student_max = n.student_reference, row.teacher_max = n.teacher_reference;
+    row.shift = truncf(max_gap / 4) * 4;
+    row.inv_temperature = inv_temperature, row.log2e_over_temperature = this->scale_;
+    row.inv_student_sum = n.inv_student_sum, row.inv_teacher_sum = n.inv_teacher_sum;
+    row.log_student_sum = n.student_log, row.log_teacher_sum = n.teacher_log;
+    row.gap = n.gap_of_logs, row.gap_rest = (max_gap - row.shift) * inv_temperature;
+    Base::normalise_gap(row);
+    if (gradient && !(n.forward_kl > Base::kRefineBelow)) {
+      row.gap_rest -= this->sums(row, ForwardKL<Math>(p_.parameters, row), 0, false, at.buffer());
+      Base::normalise_gap(row);
+    }
     const ForwardKL<Math> forward(p_.parameters, row);
     const ReverseKL<Math> reverse(p_.parameters, row);
     float pivot = reverse.derivative(this->top_column(row));

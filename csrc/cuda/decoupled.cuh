@@ -9,8 +9,8 @@
 namespace kdkernels::cuda {
 
 template <class T, Split Kind>
-class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
-  using Base = SplitSweep<T, Kind, RowSweep<T, ForwardKL>>;
+class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL, Kind == Split::given>> {
+  using Base = SplitSweep<T, Kind, RowSweep<T, ForwardKL, Kind == Split::given>>;
   using Math = FloatMath;
   using Base::columns_;
   using Base::exchange_;
@@ -231,8 +231,15 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
     set.inv_student_sum = student_sum > 0 ? reciprocal(student_sum) : 0;
     set.inv_teacher_sum = teacher_sum > 0 ? reciprocal(teacher_sum) : 0;
     set.gap = student_sum > 0 && teacher_sum > 0 ? log_gap : 0, set.gap_rest = (max_gap - set.shift) * inv_temperature;
-    Base::normalise_gap(set);
+    normalise_gap(set);
     return set;
+  }
+
+  // As RowSweep's, of a set.
+  static __device__ void normalise_gap(Set& set) {
+    const float sum = set.gap + set.gap_rest, part = sum - set.gap;
+    set.gap_rest = (set.gap - (sum - part)) + (set.gap_rest - part);
+    set.gap = sum;
   }
 
   template <bool OwnReferences>
@@ -346,7 +353,7 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL>> {
       for (int set = kStrong; set <= kWeak; set++)
         if (!has[set]) step[set] = 0;
 #pragma unroll
-      for (int set = kStrong; set <= kWeak; set++) sets[set].gap_rest -= step[set], Base::normalise_gap(sets[set]);
+      for (int set = kStrong; set <= kWeak; set++) sets[set].gap_rest -= step[set], normalise_gap(sets[set]);
     }
     // The sets' odds. Their difference keeps its digits: the references' differences in it are exact.
     const float apart_a = a[kStrong] - a[kWeak], apart_b = b[kStrong] - b[kWeak];

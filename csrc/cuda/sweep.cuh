@@ -9,7 +9,8 @@
 
 namespace kdkernels::cuda {
 
-template <class T, template <class> class Divergence>
+// Masked: slots hold a mask as well, for those that derive from this (split.cuh).
+template <class T, template <class> class Divergence, bool Masked = false>
 class RowSweep {
   using Math = FloatMath;
   using D = Divergence<Math>;
@@ -118,7 +119,7 @@ class RowSweep {
     for (int first = begin; first < end; first += ring_.slot_columns) {
       if constexpr (Wait) barrier_wait(ring_.full_barrier(slot), parity);
       limit_ = min(first + ring_.slot_columns, end);
-      mask_ = ring_.mask(slot) - uint32_t(first);
+      if constexpr (Masked) mask_ = ring_.mask(slot) - uint32_t(first);
       const uint32_t address = ring_.student(slot) + mine_ * uint32_t(sizeof(T));
       const bool special = always_special || first < low_ || (limit_ - first) % (32 * G) != 0 ||
                            unsigned(special_column - first) < unsigned(limit_ - first);
@@ -400,9 +401,23 @@ class RowSweep {
   // Whether it released the row's slots.
   __device__ __forceinline__ bool run_everywhere(const InFlight& at, float temperature, T* gradient) {
     const RowNumbers& n = row_numbers(exchange_.memory, at.buffer);
-    const float folded_ce = n.folded_ce;
+    const float inv_temperature = reciprocal(temperature), folded_ce = n.folded_ce;
     kd_ = n.kd, ce_ = n.ce, hard_factor_ = n.hard_factor, hard_reference_ = n.student_reference;
-    const RowConstants<Math> row = row_constants(n, reciprocal(temperature), at.buffer, gradient != nullptr);
+    const float max_gap = n.teacher_reference - n.student_reference;
+    RowConstants<Math> row;
+    row.student_max = n.student_reference, row.teacher_max = n.teacher_reference;
+    row.shift = truncf(max_gap / 4) * 4;
+    row.inv_temperature = inv_temperature, row.log2e_over_temperature = scale_;
+    row.inv_student_sum = n.inv_student_sum, row.inv_teacher_sum = n.inv_teacher_sum;
+    row.log_student_sum = n.student_log, row.log_teacher_sum = n.teacher_log;
+    row.gap = n.gap_of_logs, row.gap_rest = (max_gap - row.shift) * inv_temperature;
+    normalise_gap(row);
+    // Where the models nearly agree, a gradient carries the normalisers' rounding at first order: one Newton step for
+    // sum p = sum q. (NaN: a column is -inf in both models.)
+    if (gradient && !(n.forward_kl > kRefineBelow)) {
+      row.gap_rest -= sums(row, ForwardKL<Math>(p_.parameters, row), 0, false, at.buffer);
+      normalise_gap(row);
+    }
     const D divergence(p_.parameters, row);
     float pivot = 0, mean_slope = 0;
     if (!D::slopes_sum_to_zero || !gradient) {
@@ -438,26 +453,6 @@ class RowSweep {
       }
     }
     return gradient && columns_ > 0;
-  }
-
-  __device__ __forceinline__ RowConstants<Math> row_constants(const RowNumbers& n, float inv_temperature, int buffer,
-                                                              bool exactly) {
-    const float max_gap = n.teacher_reference - n.student_reference;
-    RowConstants<Math> row;
-    row.student_max = n.student_reference, row.teacher_max = n.teacher_reference;
-    row.shift = truncf(max_gap / 4) * 4;
-    row.inv_temperature = inv_temperature, row.log2e_over_temperature = scale_;
-    row.inv_student_sum = n.inv_student_sum, row.inv_teacher_sum = n.inv_teacher_sum;
-    row.log_student_sum = n.student_log, row.log_teacher_sum = n.teacher_log;
-    row.gap = n.gap_of_logs, row.gap_rest = (max_gap - row.shift) * inv_temperature;
-    normalise_gap(row);
-    // Where the models nearly agree, a gradient carries the normalisers' rounding at first order: one Newton step for
-    // sum p = sum q. (NaN: a column is -inf in both models.)
-    if (exactly && !(n.forward_kl > kRefineBelow)) {
-      row.gap_rest -= sums(row, ForwardKL<Math>(p_.parameters, row), 0, false, buffer);
-      normalise_gap(row);
-    }
-    return row;
   }
 
   // Nats: log-ratios of a spread of 0.1, and of 0.045 where 16 bits hide more.
@@ -497,8 +492,7 @@ class RowSweep {
   }
 
   // gap + gap_rest unchanged, with gap their rounded sum.
-  template <class Constants>
-  static __device__ void normalise_gap(Constants& row) {
+  static __device__ void normalise_gap(RowConstants<Math>& row) {
     const float sum = row.gap + row.gap_rest, part = sum - row.gap;
     row.gap_rest = (row.gap - (sum - part)) + (row.gap_rest - part);
     row.gap = sum;
@@ -515,10 +509,10 @@ class RowSweep {
   int slot_ = 0;
   uint32_t parity_ = 0;
   int columns_ = 0, low_ = 0, limit_ = 0;  // limit_: the end of the slot being swept
-  uint32_t mask_ = 0;                      // where that slot's mask lies, less its first column
   float scale_ = kLog2Ef;
   float kd_ = 0, ce_ = 0, hard_factor_ = 0, hard_reference_ = 0;
   int label_ = -1;
+  uint32_t mask_ = 0;  // where the slot's mask lies, less its first column
 };
 
 }  // namespace kdkernels::cuda
