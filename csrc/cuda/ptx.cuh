@@ -75,10 +75,6 @@ __device__ __forceinline__ void store_remote(uint32_t address, uint4 x, uint32_t
                "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(barrier)
                : "memory");
 }
-// Waits for `threads` threads of the block, those of the consumers.
-__device__ __forceinline__ void consumers_sync(int threads) {
-  asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
-}
 
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t x;

@@ -11,7 +11,7 @@ namespace kdkernels::cuda {
 // How a problem is laid over the chip.
 struct Plan {
   int cluster = 0;        // thread blocks that share a row
-  int consumers = 0;      // threads of a block that compute; 64 more copy and add up
+  int consumers = 0;      // threads of a block that compute; 64 more copy and add up, 128 where the vocabulary is split
   int slot_columns = 0;   // columns of both rows in a ring slot
   int blocks_per_sm = 1;  // that share a multiprocessor's shared memory
   int ahead = 0;          // 1: the next row's first sweep comes before this row's gradient; two rows must fit the ring
