@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -112,3 +114,23 @@ def against_reference(
         assert_rounded("gradient", ours.grad, exact.grad, 2**-11 if twice else gradient_bound, floor)
     else:
         assert_near("gradient", ours.grad, exact.grad, gradient_bound, floor)
+
+
+def gradient_of(
+    student: Tensor, teacher: Tensor, labels: Tensor | None = None, **options
+) -> tuple[Tensor, Tensor | None]:
+    """The loss, and the gradient of its sum."""
+    leaf = student.clone().requires_grad_()
+    loss = kd.distillation_loss(leaf, teacher, labels, **options)
+    loss.sum().backward()
+    return loss.detach(), leaf.grad
+
+
+def masked_pair(
+    both: Sequence[int] = (), student_only: Sequence[int] = (), teacher_only: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """Logits (4, 1003) that are -inf in these columns of both models, or of one."""
+    student, teacher = logits_pair(4, 1003)
+    student[:, [*both, *student_only]] = -torch.inf
+    teacher[:, [*both, *teacher_only]] = -torch.inf
+    return student, teacher

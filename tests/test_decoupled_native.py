@@ -1,10 +1,12 @@
 """The C++ CPU kernels of the decoupled family against the reference in fp64."""
 
+import functools
 import os
 
+import checks
 import pytest
 import torch
-from checks import BOUNDS, against_reference, assert_near, logits_pair
+from checks import BOUNDS, against_reference, assert_near, logits_pair, masked_pair
 from decoupled_cases import FAMILY, labels_for, light_weak_set, mask_of, tied
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,11 +31,7 @@ def compare(student, teacher, make, labels=None, **options):
     against_reference(student, teacher, labels, divergence=make(student.shape[-1]), slack=slack, **options)
 
 
-def gradient_of(student, teacher, labels=None, **options):
-    leaf = student.clone().requires_grad_()
-    loss = kd.distillation_loss(leaf, teacher, labels, reduction="none", **options)
-    loss.sum().backward()
-    return loss.detach(), leaf.grad
+gradient_of = functools.partial(checks.gradient_of, reduction="none")
 
 
 @EACH
@@ -170,17 +168,6 @@ def test_top_p_is_the_smallest_threshold_set(capability, dtype, mass):
     slack = 1e-6 if dtype == torch.float32 else 1e-12
     assert (held >= mass - slack).all()
     assert (without_edge < mass + slack).all()
-
-
-def masked_pair(both=(), student_only=(), teacher_only=()):
-    student, teacher = logits_pair(4, 1003)
-    for column in both:
-        student[:, column] = teacher[:, column] = -torch.inf
-    for column in student_only:
-        student[:, column] = -torch.inf
-    for column in teacher_only:
-        teacher[:, column] = -torch.inf
-    return student, teacher
 
 
 @EACH

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from checks import BOUNDS, against_reference, assert_near, logits_pair
+from checks import BOUNDS, against_reference, assert_near, gradient_of, logits_pair
 from decoupled_cases import FAMILY, labels_for, light_weak_set, mask_of, tied
+from interpreter import interpreted
 
 import kdkernels as kd
-from kdkernels import backends
 from kdkernels.backends import triton
 from kdkernels.backends.native import RowOptions
 from kdkernels.reference import strong_tokens
@@ -14,7 +14,6 @@ from kdkernels.reference import strong_tokens
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(triton.why_not(CPU) is not None, reason=str(triton.why_not(CPU)))
 
-BLOCK = 512
 # One of each way to a strong set, with weights that tell the terms apart.
 KINDS = {name: FAMILY[name] for name in ("dkd", "top_5", "cakd_top_p", "given", "adaptive_kl")}
 EACH = pytest.mark.parametrize("make", FAMILY.values(), ids=FAMILY)
@@ -24,31 +23,8 @@ EACH_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], i
 
 @pytest.fixture(autouse=True)
 def _triton(monkeypatch):
-    monkeypatch.setattr(triton, "BLOCKS", [(2**31, BLOCK)])
-    _patch_once(monkeypatch)
-    with backends.use("triton"):
+    with interpreted(monkeypatch):
         yield
-
-
-def _patch_once(monkeypatch, patched=set()):  # noqa: B006
-    """Triton's interpreter patches triton.language at every call of a function: once a module is enough."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-
-    def call(self, *args, **options):
-        module = self.fn.__module__
-        if module not in patched:
-            patched.add(module)
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **options)
-
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
-
-
-def gradient_of(student, teacher, labels=None, **options):
-    leaf = student.clone().requires_grad_()
-    loss = kd.distillation_loss(leaf, teacher, labels, **options)
-    loss.sum().backward()
-    return loss.detach(), leaf.grad
 
 
 def stats_of(student, teacher, labels=None, **options):

@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 import torch
-from checks import DIVERGENCES, against_reference, assert_near, logits_pair
-from test_native import ALL, WIDTHS, masked_pair
+from checks import DIVERGENCES, against_reference, assert_near, logits_pair, masked_pair
+from test_native import ALL, WIDTHS
 from test_options import LABELS, VIEWS
 from torch import Tensor
 

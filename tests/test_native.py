@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import DIVERGENCES, against_reference, assert_near, logits_pair
+from checks import DIVERGENCES, against_reference, assert_near, logits_pair, masked_pair
 
 import kdkernels as kd
 
@@ -80,17 +80,6 @@ def test_extreme_logits(capability, divergence, scale):
     if isinstance(divergence, kd.AlphaBeta) and min(divergence.alpha, divergence.beta) < 0:
         pytest.skip("a negative exponent of a probability of e^-1e4 exceeds fp32, as its value does")
     against_reference(student, teacher, divergence=divergence)
-
-
-def masked_pair(both=(), student_only=(), teacher_only=()):
-    student, teacher = logits_pair(4, 1003)
-    for column in both:
-        student[:, column] = teacher[:, column] = -torch.inf
-    for column in student_only:
-        student[:, column] = -torch.inf
-    for column in teacher_only:
-        teacher[:, column] = -torch.inf
-    return student, teacher
 
 
 @ALL

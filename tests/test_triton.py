@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from checks import DIVERGENCES, against_reference, assert_near, assert_rounded, logits_pair
+from checks import DIVERGENCES, against_reference, assert_near, assert_rounded, gradient_of, logits_pair
+from interpreter import interpreted
 
 import kdkernels as kd
 from kdkernels import backends
@@ -12,7 +13,6 @@ from kdkernels.backends.native import RowOptions
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(triton.why_not(CPU) is not None, reason=str(triton.why_not(CPU)))
 
-BLOCK = 512  # so that 1301 columns are two blocks and a part
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALL = pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
 # One of each way through the kernels: no sums; sums from the statistics; sums of their own; a power sum; no plain form.
@@ -25,31 +25,8 @@ LABELS = torch.tensor([3, -100, 99])
 
 @pytest.fixture(autouse=True)
 def _triton(monkeypatch):
-    monkeypatch.setattr(triton, "BLOCKS", [(2**31, BLOCK)])
-    _patch_once(monkeypatch)
-    with backends.use("triton"):
+    with interpreted(monkeypatch):
         yield
-
-
-def _patch_once(monkeypatch, patched=set()):  # noqa: B006
-    """Triton's interpreter patches triton.language at every call of a function: once a module is enough."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-
-    def call(self, *args, **options):
-        module = self.fn.__module__
-        if module not in patched:
-            patched.add(module)
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **options)
-
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
-
-
-def gradient_of(student, teacher, labels=None, **options):
-    leaf = student.clone().requires_grad_()
-    loss = kd.distillation_loss(leaf, teacher, labels, **options)
-    loss.sum().backward()
-    return loss.detach(), leaf.grad
 
 
 @ALL

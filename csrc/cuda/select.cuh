@@ -6,7 +6,7 @@
 // coarse part, further up; and what lies above the exact part is added up. The counts of all blocks then name the
 // threshold, or show where it lies: an exact count times the image's exponential is its mass, so that the decision is
 // exact; the coarse counts, whose masses are estimates, only say where to look next. The first window is laid by a sample
-// of the row, one row ahead, by a warp of its own; for 16-bit logits it most often holds the threshold. What a round has
+// of the row, some rows ahead, by a warp of its own; for 16-bit logits it most often holds the threshold. What a round has
 // shown is never lost, and where guesses fail the known interval is halved, so that the search ends whatever the row.
 #pragma once
 #include "sweep.cuh"

@@ -64,13 +64,9 @@ class RowOptions:
     def reads_labels(self) -> bool:
         return self.ce_weight != 0 or self.strong == "label"
 
-    @property
-    def number_of_stats(self) -> int:
-        """Rows of the statistics: student lse, teacher lse, divergence, cross-entropy; decoupled: five more."""
-        return number_of_stats(self.divergence)
-
 
 def number_of_stats(divergence: str) -> int:
+    """Rows of the statistics: student lse, teacher lse, divergence, cross-entropy; decoupled: five more."""
     return 9 if divergence == "decoupled" else 4
 
 
