@@ -23,6 +23,7 @@ from kdkernels.losses import distillation_loss
 from kdkernels.modules import DistillationLoss
 from kdkernels.stats import RowStats
 from kdkernels.strong_sets import Given, Label, StrongSet, TopK, TopP
+from kdkernels.teachers import LinearTeacher
 
 try:
     __version__ = _version("kdkernels")
@@ -41,6 +42,7 @@ __all__ = [
     "Given",
     "JensenShannon",
     "Label",
+    "LinearTeacher",
     "ReverseKL",
     "RowStats",
     "SkewForwardKL",
