@@ -5,7 +5,7 @@
 // share is counted from there, so that rows of any width are copied and stored 16 bytes at a time.
 #pragma once
 #include "../rows.h"
-#include "group.cuh"
+#include "gradient.cuh"
 #include "ptx.cuh"
 
 namespace kdkernels::cuda {
