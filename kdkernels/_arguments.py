@@ -9,6 +9,7 @@ from typing import TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from kdkernels.divergences import Decoupled, Divergence, resolve
 from kdkernels.strong_sets import Given, Label, TopK
@@ -45,11 +46,22 @@ class Transform:
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """A checked call. Shapes: logits (..., V), everything per row (...)."""
+class Rows:
+    """Where a call's rows come from: what everything else that is given per row must agree with."""
 
-    student: Tensor
-    teacher: Tensor
+    shape: torch.Size  # (...)
+    device: torch.device
+    dtype: torch.dtype  # the student's
+    widths: tuple[int, int]  # the vocabularies of student and teacher
+    name: str = "student_logits"  # the argument that has these rows
+    vocabularies: tuple[str, str] = ("student_logits", "teacher")  # the arguments that have these widths
+
+
+@dataclass(frozen=True)
+class RowArguments:
+    """A checked call, but for where its logits come from. Everything per row has shape (...)."""
+
+    rows: Rows
     labels: Tensor | None
     divergence: Divergence
     temperature: float | Tensor
@@ -65,7 +77,15 @@ class Arguments:
     teacher_transform: Transform
 
 
-def _check_logits(name: str, logits: Tensor) -> None:
+@dataclass(frozen=True)
+class Arguments(RowArguments):
+    """A checked call on logits (..., V)."""
+
+    student: Tensor
+    teacher: Tensor
+
+
+def check_logits(name: str, logits: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a Tensor of logits (..., V), got {type(logits).__name__}")
     if logits.dtype not in FLOAT_DTYPES:
@@ -81,14 +101,13 @@ def _check_logits(name: str, logits: Tensor) -> None:
         )
 
 
-def _check_rows(name: str, value: Tensor, student: Tensor, dtypes: str) -> None:
-    rows = student.shape[:-1]
-    if value.shape != rows:
+def _check_rows(name: str, value: Tensor, rows: Rows, dtypes: str) -> None:
+    if value.shape != rows.shape:
         raise ValueError(
-            f"{name} must have one entry per row of student_logits, shape {tuple(rows)}, got {tuple(value.shape)}"
+            f"{name} must have one entry per row of {rows.name}, shape {tuple(rows.shape)}, got {tuple(value.shape)}"
         )
-    if value.device != student.device:
-        raise ValueError(f"{name} is on {value.device}, student_logits on {student.device}; move one of them")
+    if value.device != rows.device:
+        raise ValueError(f"{name} is on {value.device}, {rows.name} on {rows.device}; move one of them")
     fits = value.is_floating_point() if dtypes == "float" else value.dtype == torch.int64
     if not fits:
         raise TypeError(f"{name} must be {dtypes}, got {value.dtype}")
@@ -110,12 +129,13 @@ def _check_transform(side: str, logit_scale: float, softcap: float | None) -> Tr
     return Transform(logit_scale, softcap)
 
 
-def _check_vocab_size(vocab_size: int | None, student: Tensor, teacher: Tensor) -> int:
-    widths = student.shape[-1], teacher.shape[-1]
+def _check_vocab_size(vocab_size: int | None, rows: Rows) -> int:
+    widths = rows.widths
     if vocab_size is None:
         if widths[0] != widths[1]:
+            student, teacher = rows.vocabularies
             raise ValueError(
-                f"student_logits has {widths[0]} columns and teacher {widths[1]}; "
+                f"{student} has a vocabulary of {widths[0]} and {teacher} of {widths[1]}; "
                 "give vocab_size, the number of columns that are tokens in both"
             )
         return widths[0]
@@ -126,11 +146,11 @@ def _check_vocab_size(vocab_size: int | None, student: Tensor, teacher: Tensor) 
     return vocab_size
 
 
-def _check_temperature(temperature: float | Tensor, student: Tensor) -> None:
+def _check_temperature(temperature: float | Tensor, rows: Rows) -> None:
     if isinstance(temperature, Tensor):
         # A number per row stays on the device; a row whose temperature is not positive comes out as NaN.
         if temperature.dim() > 0:
-            _check_rows("temperature", temperature, student, "float")
+            _check_rows("temperature", temperature, rows, "float")
         elif not temperature.is_floating_point():
             raise TypeError(f"temperature must be float, got {temperature.dtype}")
         if temperature.requires_grad:
@@ -141,10 +161,10 @@ def _check_temperature(temperature: float | Tensor, student: Tensor) -> None:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
 
 
-def _check_labels(labels: Tensor, ignore_index: int, vocab_size: int, student: Tensor) -> None:
+def _check_labels(labels: Tensor, ignore_index: int, vocab_size: int, rows: Rows) -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be an int64 Tensor, got {type(labels).__name__}")
-    _check_rows("labels", labels, student, "int64")
+    _check_rows("labels", labels, rows, "int64")
     # Reading them back is free on the CPU alone; elsewhere such a row's loss is NaN.
     if labels.device.type == "cpu" and not torch.compiler.is_compiling() and labels.numel():
         counting = labels != ignore_index
@@ -158,7 +178,7 @@ def _check_labels(labels: Tensor, ignore_index: int, vocab_size: int, student: T
 _warned_about_teacher = False
 
 
-def _warn_if_teacher_requires_grad(teacher: Tensor) -> None:
+def warn_if_teacher_requires_grad(teacher: Tensor) -> None:
     global _warned_about_teacher
     if teacher.requires_grad and torch.is_grad_enabled() and not _warned_about_teacher:
         if torch.compiler.is_compiling():
@@ -167,27 +187,25 @@ def _warn_if_teacher_requires_grad(teacher: Tensor) -> None:
         warnings.warn(
             "teacher requires grad, but a distillation loss gives it none; compute it under torch.no_grad()",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
-def _check_normalizer(normalizer: float | Tensor, reduction: str, student: Tensor) -> None:
+def _check_normalizer(normalizer: float | Tensor, reduction: str, rows: Rows) -> None:
     if reduction != "mean":
         raise ValueError(f"normalizer replaces the mean's denominator, but reduction is {reduction!r}")
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer must be a number or a 0-dim Tensor, got shape {tuple(normalizer.shape)}")
-        if normalizer.device != student.device and normalizer.device.type != "cpu":
-            raise ValueError(f"normalizer is on {normalizer.device}, student_logits on {student.device}; move one")
+        if normalizer.device != rows.device and normalizer.device.type != "cpu":
+            raise ValueError(f"normalizer is on {normalizer.device}, {rows.name} on {rows.device}; move one")
         return
     _check_number("normalizer", normalizer)
     if normalizer < 0:
         raise ValueError(f"normalizer must not be negative, got {normalizer}")
 
 
-def _check_divergence(
-    divergence: Divergence, vocab_size: int, labels: Tensor | None, student: Tensor, teacher: Tensor
-) -> None:
+def _check_divergence(divergence: Divergence, vocab_size: int, labels: Tensor | None, rows: Rows) -> None:
     """What a divergence's own arguments have to do with the logits."""
     strong = divergence.strong_set()
     if isinstance(strong, Label) and labels is None:
@@ -195,24 +213,22 @@ def _check_divergence(
     if isinstance(strong, TopK) and strong.k > vocab_size:
         raise ValueError(f"TopK: k must not exceed the vocabulary, {vocab_size} tokens, got {strong.k}")
     if isinstance(strong, Given):
-        _check_mask(strong.mask, vocab_size, student, teacher)
+        _check_mask(strong.mask, vocab_size, rows)
     if isinstance(divergence, Decoupled):
         for name, weight in zip(("bcd", "scd", "wcd"), divergence.weights(), strict=True):
-            if isinstance(weight, Tensor) and weight.device != student.device and weight.device.type != "cpu":
-                raise ValueError(
-                    f"Decoupled: {name} is on {weight.device}, student_logits on {student.device}; move one"
-                )
+            if isinstance(weight, Tensor) and weight.device != rows.device and weight.device.type != "cpu":
+                raise ValueError(f"Decoupled: {name} is on {weight.device}, {rows.name} on {rows.device}; move one")
 
 
-def _check_mask(mask: Tensor, vocab_size: int, student: Tensor, teacher: Tensor) -> None:
-    rows, widths = student.shape[:-1], {vocab_size, student.shape[-1], teacher.shape[-1]}
-    if mask.shape[-1] not in widths or mask.shape[:-1] not in ((), rows):
+def _check_mask(mask: Tensor, vocab_size: int, rows: Rows) -> None:
+    widths = {vocab_size, *rows.widths}
+    if mask.shape[-1] not in widths or mask.shape[:-1] not in ((), rows.shape):
         either = " or ".join(str(width) for width in sorted(widths))
         raise ValueError(
-            f"Given: mask must be (V,) or {(*tuple(rows), 'V')} with V = {either}, got shape {tuple(mask.shape)}"
+            f"Given: mask must be (V,) or {(*tuple(rows.shape), 'V')} with V = {either}, got shape {tuple(mask.shape)}"
         )
-    if mask.device != student.device:
-        raise ValueError(f"Given: mask is on {mask.device}, student_logits on {student.device}; move one of them")
+    if mask.device != rows.device:
+        raise ValueError(f"Given: mask is on {mask.device}, {rows.name} on {rows.device}; move one of them")
     if mask.stride(-1) != 1 and mask.shape[-1] > 1:
         raise ValueError(
             f"Given: mask must be contiguous in its last dimension, got strides {tuple(mask.stride())} "
@@ -220,9 +236,8 @@ def _check_mask(mask: Tensor, vocab_size: int, student: Tensor, teacher: Tensor)
         )
 
 
-def check(
-    student_logits: Tensor,
-    teacher: Tensor,
+def check_rows(
+    rows: Rows,
     labels: Tensor | None,
     *,
     divergence: Divergence | str = "forward_kl",
@@ -239,20 +254,11 @@ def check(
     student_softcap: float | None = None,
     teacher_logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
-) -> Arguments:
-    """The call as :class:`Arguments`, or a ValueError or TypeError that names the argument."""
-    _check_logits("student_logits", student_logits)
-    _check_logits("teacher", teacher)
-    if student_logits.shape[:-1] != teacher.shape[:-1]:
-        raise ValueError(
-            f"teacher must have the rows of student_logits, {tuple(student_logits.shape[:-1])}, "
-            f"got {tuple(teacher.shape[:-1])}"
-        )
-    if student_logits.device != teacher.device:
-        raise ValueError(f"teacher is on {teacher.device}, student_logits on {student_logits.device}; move one of them")
-    vocab = _check_vocab_size(vocab_size, student_logits, teacher)
+) -> RowArguments:
+    """What a call says beside its logits, or a ValueError or TypeError that names the argument."""
+    vocab = _check_vocab_size(vocab_size, rows)
     resolved = resolve(divergence)
-    _check_temperature(temperature, student_logits)
+    _check_temperature(temperature, rows)
     _check_number("kd_weight", kd_weight)
     _check_number("ce_weight", ce_weight)
     if ce_weight < 0:
@@ -262,24 +268,20 @@ def check(
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if labels is not None:
-        _check_labels(labels, ignore_index, vocab, student_logits)
-    _check_divergence(resolved, vocab, labels, student_logits, teacher)
+        _check_labels(labels, ignore_index, vocab, rows)
+    _check_divergence(resolved, vocab, labels, rows)
     if weight is not None:
         if not isinstance(weight, Tensor):
             raise TypeError(f"weight must be a float Tensor, got {type(weight).__name__}")
-        _check_rows("weight", weight, student_logits, "float")
+        _check_rows("weight", weight, rows, "float")
         if weight.requires_grad:
             raise ValueError("weight requires grad, but no gradient is formed for it; detach it")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if normalizer is not None:
-        _check_normalizer(normalizer, reduction, student_logits)
-    student_transform = _check_transform("student", student_logit_scale, student_softcap)
-    teacher_transform = _check_transform("teacher", teacher_logit_scale, teacher_softcap)
-    _warn_if_teacher_requires_grad(teacher)
-    return Arguments(
-        student=student_logits,
-        teacher=teacher.detach(),
+        _check_normalizer(normalizer, reduction, rows)
+    return RowArguments(
+        rows=rows,
         labels=labels,
         divergence=resolved,
         temperature=temperature,
@@ -291,6 +293,24 @@ def check(
         normalizer=normalizer,
         ignore_index=ignore_index,
         vocab_size=vocab,
-        student_transform=student_transform,
-        teacher_transform=teacher_transform,
+        student_transform=_check_transform("student", student_logit_scale, student_softcap),
+        teacher_transform=_check_transform("teacher", teacher_logit_scale, teacher_softcap),
     )
+
+
+def check(student_logits: Tensor, teacher: Tensor, labels: Tensor | None, **options: Unpack[LossOptions]) -> Arguments:
+    """A call on logits as :class:`Arguments`, or a ValueError or TypeError that names the argument."""
+    check_logits("student_logits", student_logits)
+    check_logits("teacher", teacher)
+    if student_logits.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"teacher must have the rows of student_logits, {tuple(student_logits.shape[:-1])}, "
+            f"got {tuple(teacher.shape[:-1])}"
+        )
+    if student_logits.device != teacher.device:
+        raise ValueError(f"teacher is on {teacher.device}, student_logits on {student_logits.device}; move one of them")
+    widths = (student_logits.shape[-1], teacher.shape[-1])
+    rows = Rows(student_logits.shape[:-1], student_logits.device, student_logits.dtype, widths)
+    rest = check_rows(rows, labels, **options)
+    warn_if_teacher_requires_grad(teacher)
+    return Arguments(**vars(rest), student=student_logits, teacher=teacher.detach())

@@ -10,10 +10,9 @@ from typing_extensions import Unpack
 
 from kdkernels import backends, ops, reference
 from kdkernels._arguments import Arguments, LossOptions, check
-from kdkernels.backends.native import RowOptions
-from kdkernels.divergences import Decoupled, Divergence
+from kdkernels._row_inputs import row_options, row_scale, strong_mask, temperatures, term_weights
+from kdkernels.divergences import Divergence
 from kdkernels.stats import RowStats
-from kdkernels.strong_sets import Given
 
 
 @overload
@@ -130,7 +129,7 @@ def distillation_loss(
     loss, rows = _fused(arguments, backend if backends.asked() else backends.AUTO, form_gradient, inplace)
     if not return_stats:
         return loss
-    return loss, RowStats(rows[0], rows[1], rows[2], rows[3] if arguments.ce_weight > 0 else None, *rows[4:])
+    return loss, RowStats.from_rows(rows, arguments.ce_weight > 0)
 
 
 def _check_inplace(student: Tensor) -> None:
@@ -145,87 +144,12 @@ def _check_inplace(student: Tensor) -> None:
 
 def _fused(a: Arguments, backend: str, form_gradient: bool, inplace: bool) -> tuple[Tensor, Tensor]:
     """The reduced loss, and the rows' statistics (4 or 9, ...)."""
-    scale = _row_scale(a)
-    temperatures = _temperatures(a, scale)
-    strong = a.divergence.strong_set()
-    mask = strong.mask if isinstance(strong, Given) else None
-    weights = _term_weights(a, scale)
-    options = RowOptions(
-        divergence=a.divergence.name,
-        parameters=a.divergence.parameters(),
-        temperature=1.0 if temperatures is not None else float(a.temperature),
-        kd_weight=float(a.kd_weight),
-        ce_weight=float(a.ce_weight),
-        scale_by_temperature=a.scale_by_temperature,
-        vocab_size=a.vocab_size,
-        student_logit_scale=float(a.student_transform.logit_scale),
-        student_softcap=float(a.student_transform.softcap or 0),
-        teacher_logit_scale=float(a.teacher_transform.logit_scale),
-        teacher_softcap=float(a.teacher_transform.softcap or 0),
-        scale_gradient=not ops.scales_late(a.student),
-        strong="" if strong is None else strong.name,
-        strong_amount=0.0 if strong is None else strong.amount,
-    )
-    tensors = (a.student, a.teacher, a.labels if options.reads_labels else None, scale, temperatures, weights, mask)
+    scale = row_scale(a)
+    options = row_options(a, scale_gradient=not ops.scales_late(a.student))
+    labels = a.labels if options.reads_labels else None
+    tensors = (a.student, a.teacher, labels, scale, temperatures(a, scale), term_weights(a, scale), strong_mask(a))
     if ops.plain_eager(*tensors):
         loss, stats = ops.eager_row_loss(*tensors, backend, options, form_gradient, inplace)
     else:
-        loss, stats, _ = ops.row_loss(
-            *tensors,
-            backend,
-            options.divergence,
-            list(options.parameters),
-            options.strong,
-            options.strong_amount,
-            options.temperature,
-            options.kd_weight,
-            options.ce_weight,
-            options.scale_by_temperature,
-            options.vocab_size,
-            options.student_logit_scale,
-            options.student_softcap,
-            options.teacher_logit_scale,
-            options.teacher_softcap,
-            form_gradient,
-            True,
-        )
+        loss, stats, _ = ops.row_loss(*tensors, backend, *ops.packed(options), form_gradient, True)
     return loss if a.reduction == "none" else loss.sum(), stats
-
-
-def _row_scale(a: Arguments) -> Tensor:  # (...)
-    """What a row's loss counts for in the result: its weight over the mean's denominator, 0 where it counts not."""
-    dtype = torch.float64 if a.student.dtype == torch.float64 else torch.float32
-    rows = a.student.shape[:-1]
-    if a.labels is None and a.weight is None and not isinstance(a.normalizer, Tensor):
-        by = (rows.numel() if a.normalizer is None else a.normalizer) if a.reduction == "mean" else 1
-        return torch.full(rows, 1 / by if by else 0.0, dtype=dtype, device=a.student.device)
-    scale = torch.ones(a.student.shape[:-1], dtype=dtype, device=a.student.device)
-    if a.labels is not None:
-        scale = (a.labels != a.ignore_index).to(dtype)
-    if a.weight is not None:
-        scale = torch.where(scale != 0, a.weight.detach().to(dtype), 0)
-    if a.reduction != "mean":
-        return scale
-    if a.normalizer is None:
-        denominator = scale.sum()
-    elif isinstance(a.normalizer, Tensor):
-        denominator = a.normalizer.detach().reshape(()).to(scale)
-    elif a.normalizer == 0:
-        return torch.zeros_like(scale)
-    else:
-        return scale / a.normalizer
-    return torch.where(denominator != 0, scale / denominator, 0)
-
-
-def _temperatures(a: Arguments, scale: Tensor) -> Tensor | None:
-    if not isinstance(a.temperature, Tensor):
-        return None
-    return a.temperature.detach().to(scale).expand(scale.shape)
-
-
-def _term_weights(a: Arguments, scale: Tensor) -> Tensor | None:  # (3,)
-    """A decoupled divergence's weights where one of them is a Tensor: on the device, never read back."""
-    weights = a.divergence.weights() if isinstance(a.divergence, Decoupled) else ()
-    if not any(isinstance(weight, Tensor) for weight in weights):
-        return None
-    return torch.stack([w.detach().to(scale) if isinstance(w, Tensor) else scale.new_full((), w) for w in weights])

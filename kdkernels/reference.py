@@ -29,6 +29,7 @@ from kdkernels.divergences import (
 )
 from kdkernels.stats import RowStats
 from kdkernels.strong_sets import Given, Label, StrongSet, TopK, TopP
+from kdkernels.teachers import LinearTeacher
 
 
 def _weighted(log_a: Tensor, log_ratio: Tensor) -> Tensor:
@@ -323,3 +324,80 @@ def distillation_loss(
     del inplace
     loss, stats = loss_from(check(student_logits, teacher, labels, **options))
     return (loss, stats) if return_stats else loss
+
+
+def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """hidden @ weight.T + bias (..., V): operands, product and sum in ``dtype``, under autocast too."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = hidden.to(dtype) @ weight.to(dtype).mT
+        return logits if bias is None else logits + bias.to(dtype)
+
+
+@overload
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: LinearTeacher | Tensor,
+    labels: Tensor | None = ...,
+    *,
+    student_bias: Tensor | None = ...,
+    logits_dtype: torch.dtype = ...,
+    workspace_bytes: int | None = ...,
+    compact: bool = ...,
+    return_stats: Literal[False] = ...,
+    **options: Unpack[LossOptions],
+) -> Tensor: ...
+@overload
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: LinearTeacher | Tensor,
+    labels: Tensor | None = ...,
+    *,
+    student_bias: Tensor | None = ...,
+    logits_dtype: torch.dtype = ...,
+    workspace_bytes: int | None = ...,
+    compact: bool = ...,
+    return_stats: Literal[True],
+    **options: Unpack[LossOptions],
+) -> tuple[Tensor, RowStats]: ...
+def linear_distillation_loss(
+    student_hidden: Tensor,  # (..., H_s)
+    student_weight: Tensor,  # (V_s, H_s)
+    teacher: LinearTeacher | Tensor,  # hidden (..., H_t) and weight (V_t, H_t), or logits (..., V_t)
+    labels: Tensor | None = None,  # (...)
+    *,
+    student_bias: Tensor | None = None,  # (V_s,)
+    logits_dtype: torch.dtype = torch.float32,
+    workspace_bytes: int | None = None,
+    compact: bool = False,
+    return_stats: bool = False,
+    **options: Unpack[LossOptions],
+) -> Tensor | tuple[Tensor, RowStats]:
+    """The same loss as :func:`kdkernels.linear_distillation_loss`, with the same arguments, in plain PyTorch.
+
+    Both models' logits are formed whole, in fp32, or in fp64 where any operand is fp64; operands are cast before the
+    product, so that nothing is rounded to their dtype. Gradients of ``student_hidden``, ``student_weight`` and
+    ``student_bias`` come from autograd, each in its tensor's dtype; a teacher's hidden states and weights get none.
+
+    ``logits_dtype``, ``workspace_bytes`` and ``compact`` are accepted and change nothing: logits are never rounded
+    here, rows never cut into chunks or left out.
+
+    Returns:
+        As :func:`kdkernels.linear_distillation_loss`: float64 where ``student_hidden`` is, else float32.
+    """
+    del logits_dtype, workspace_bytes, compact
+    of_teacher = teacher if isinstance(teacher, LinearTeacher) else (teacher,)
+    operands = (student_hidden, student_weight, student_bias, *of_teacher)
+    double = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in operands)
+    dtype = torch.float64 if double else torch.float32
+    if isinstance(teacher, LinearTeacher):
+        with torch.no_grad():
+            teacher = _linear(*teacher, dtype)
+    student = _linear(student_hidden, student_weight, student_bias, dtype)
+    loss, stats = loss_from(check(student, teacher, labels, **options))
+    out = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
+    loss = loss.to(out)
+    if not return_stats:
+        return loss
+    return loss, RowStats(*(None if stat is None else stat.to(out) for stat in stats))  # type: ignore[arg-type]

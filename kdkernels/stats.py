@@ -31,3 +31,8 @@ class RowStats(NamedTuple):
     strong_mass_teacher: Tensor | None = None
     #: Q_S: what the student gives to it.
     strong_mass_student: Tensor | None = None
+
+    @classmethod
+    def from_rows(cls, rows: Tensor, with_cross_entropy: bool) -> RowStats:
+        """From what a sweep writes, (4 or 9, ...)."""
+        return cls(rows[0], rows[1], rows[2], rows[3] if with_cross_entropy else None, *rows[4:])

@@ -25,7 +25,7 @@ CASES = {
     "teacher strided": ((Z[..., :5], Y[..., ::2]), {}, ValueError, "teacher must be contiguous in its last dimension"),
     "rows disagree": ((Z, Y[:2]), {}, ValueError, r"teacher must have the rows of student_logits, \(3, 4\), got \(2, 4\)"),
     "flattened": ((Z, Y.flatten(0, 1)), {}, ValueError, r"teacher must have the rows.*\(12,\)"),
-    "widths disagree": ((Z, Y[..., :9]), {}, ValueError, "10 columns and teacher 9; give vocab_size"),
+    "widths disagree": ((Z, Y[..., :9]), {}, ValueError, "vocabulary of 10 and teacher of 9; give vocab_size"),
     "devices": ((Z, Y.to("meta")), {}, ValueError, "teacher is on meta, student_logits on cpu"),
     "vocab_size large": ((Z, Y), {"vocab_size": 11}, ValueError, r"vocab_size must lie in \[1, 10\].*got 11"),
     "vocab_size 0": ((Z, Y), {"vocab_size": 0}, ValueError, "vocab_size must lie in.*got 0"),
