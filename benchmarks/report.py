@@ -23,8 +23,10 @@ def load(path: Path) -> Result:
 
 
 def title(entry: Entry) -> str:
+    if "title" in entry:
+        return str(entry["title"])
     case = entry["case"]
-    return str(entry.get("title") or f"{case['divergence']}, {case['dtype']}, {case['rows']} × {case['width']}")
+    return f"{case['divergence']}, {case['dtype']}, {case['rows']} × {case['width']}"
 
 
 def measured_on(environment: dict[str, str]) -> str:

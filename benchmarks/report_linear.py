@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.linear_cases import Case
 from benchmarks.linear_peers import BARE, EAGER_NAME, OURS
 from benchmarks.report import Entry, Result, check_same_device, differing, provenance
 from benchmarks.report_cuda import not_measured
@@ -77,8 +78,7 @@ def timed(entry: Entry) -> dict[str, Line]:
 
 
 def shape(entry: Entry) -> str:
-    case = entry["case"]
-    return f"{case['rows']} × {case['width']}, hidden {case['student']} and {case['teacher']}"
+    return Case(**entry["case"]).shape
 
 
 def gibibytes(line: Line) -> str:
@@ -105,7 +105,7 @@ def markdown(result: Result) -> str:
             peak = "n/a" if line.get("peak_mib") is None else f"{line['peak_mib']:.0f}"
             lines.append(
                 f"| {entry['title'] if number == 0 else ''} | {name} | {line['milliseconds']:.2f} "
-                f"| {line['over_bare']:.2f} | {line['teraflops']:.{0 if line['teraflops'] >= 10 else 3}f} | {peak} "
+                f"| {line['over_bare']:.2f} | {line['teraflops']:.3g} | {peak} "
                 f"| {_error(line.get('hidden_error'))} | {_error(line.get('weight_error'))} |"
             )
     parts = ["\n".join(lines), accuracy_table(result)]
@@ -113,8 +113,10 @@ def markdown(result: Result) -> str:
         parts.append("\n".join(["Not measured:", "", *(f"- {failure}" for failure in failures)]))
     notes = dict.fromkeys((line["implementation"], line["timed"]) for e in result["results"] for line in e["rows"])
     parts.append("\n".join(["What is timed:", "", *(f"- {name}: {what}." for name, what in notes)]))
+    backends = dict.fromkeys(line["backend"] for e in result["results"] for line in e["rows"] if "backend" in line)
     parts += [
-        f"{result['inputs']} {result['timing']} TFLOP/s: the operations of the four products in the time of the whole.",
+        f"{result['inputs']} {result['timing']} TFLOP/s: the operations of the four products in the time of the whole. "
+        f"kdkernels' backend: {', '.join(backends) or 'none'}.",
         _provenance(result, result["results"]),
     ]
     return "\n\n".join(part for part in parts if part)
