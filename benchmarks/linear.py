@@ -114,6 +114,7 @@ def _line(contender: Contender) -> Line:
         "curve": contender.curve,
         "size": contender.size,
         "timed": contender.timed,
+        "rounds_logits": contender.rounds,
     }
 
 

@@ -46,6 +46,7 @@ class Contender:
         make: builds the loss of a case's inputs, or raises what keeps it from running.
         size: the setting that makes it another point of the same curve.
         compiles: it runs torch.compile, whose caches are emptied first.
+        rounds: its logits have the operands' dtype.
     """
 
     curve: str
@@ -53,6 +54,7 @@ class Contender:
     make: Callable[[Data], Loss]
     size: str = ""
     compiles: bool = False
+    rounds: bool = False
 
     @property
     def name(self) -> str:
@@ -81,12 +83,13 @@ def ours(logits: str, workspace: int | None = None) -> Contender:
             workspace_bytes=workspace,
         )
 
-    timed = f"kd.linear_distillation_loss(logits_dtype=torch.{logits})"
-    if workspace is not None:
-        return Contender(
-            f"{OURS}, {SHORT[logits]} logits", f"{timed[:-1]}, workspace_bytes=…)", make, mebibytes(workspace)
-        )
-    return Contender(f"{OURS}, {SHORT[logits]} logits", f"{timed}, the default workspace", make)
+    timed = f"kd.linear_distillation_loss(logits_dtype=torch.{logits}"
+    size = ""
+    if workspace is None:
+        timed += "), the default workspace"
+    else:
+        timed, size = f"{timed}, workspace_bytes=…)", mebibytes(workspace)
+    return Contender(f"{OURS}, {SHORT[logits]} logits", timed, make, size, rounds=logits != "float32")
 
 
 def _plain(divergence: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -109,7 +112,7 @@ def _eager(divergence: str, compiled: bool) -> Contender:
     )
     if compiled:
         note = f"torch.compile(dynamic=False) of what 'eager' runs ({note}); its compilation is not timed"
-    return Contender(COMPILED if compiled else EAGER_NAME, note, make, compiles=compiled)
+    return Contender(COMPILED if compiled else EAGER_NAME, note, make, compiles=compiled, rounds=True)
 
 
 def trl_module() -> ModuleType:
@@ -186,9 +189,9 @@ def _liger_chunked(divergence: str, chunk: int = LIGER_CHUNK) -> Contender:
         "logits, log-softmaxes and divergence in the operands' dtype, dW accumulated in the weight's; every label "
         "counts; backward waits for the GPU; its compilation is not timed"
     )
-    if chunk == LIGER_CHUNK:
-        return Contender("Liger, chunked", f"{note}; chunk_size={LIGER_CHUNK}, its default", make, compiles=True)
-    return Contender("Liger, chunked", f"{note}; chunk_size set", make, f"{chunk} rows", compiles=True)
+    size = "" if chunk == LIGER_CHUNK else f"{chunk} rows"
+    note += f"; chunk_size={LIGER_CHUNK}, its default" if chunk == LIGER_CHUNK else "; chunk_size set"
+    return Contender("Liger, chunked", note, make, size, compiles=True, rounds=True)
 
 
 def fla_module() -> ModuleType:
@@ -209,7 +212,7 @@ def _fla(accumulate_in_fp32: bool) -> Contender:
         f"log-softmaxes in fp32, their gradient in the operands' dtype, {product}; its chunks follow from V / H, eight "
         "at most"
     )
-    return Contender(name, note, make)
+    return Contender(name, note, make, rounds=True)
 
 
 def _peers(case: Case) -> Iterator[Contender]:

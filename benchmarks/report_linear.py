@@ -147,7 +147,9 @@ def summary(result: Result) -> str:
             else:
                 cells.append(f"{line['milliseconds']:.1f}, {line['over_bare']:.2f}×, {gibibytes(line)}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _provenance(result, entries)])
+    curves = dict.fromkeys(line["curve"] for at in found for line in at.values() if line.get("rounds_logits"))
+    note = f"Logits rounded to bf16 (what that does: [docs/linear.md](docs/linear.md)): {'; '.join(curves)}."
+    return "\n".join([*lines, "", *([note, ""] if curves else []), _provenance(result, entries)])
 
 
 def accuracy(result: Result) -> str:
@@ -240,7 +242,7 @@ def plot(result: Result, path: Path) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(9, 6))
+    figure, axis = plt.subplots(figsize=(11, 6))
     others = iter(OTHER_COLOURS * (1 + len(found) // len(OTHER_COLOURS)))
     for curve, points in found.items():
         colour = COLOURS.get(curve) or next(others)
@@ -259,15 +261,14 @@ def plot(result: Result, path: Path) -> bool:
     if bare is not None:
         axis.axhline(bare["milliseconds"], color="#c0392b", linewidth=1, linestyle="--", label=BARE)
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_major_formatter("{x:g}")
+    axis.set_ylim(bottom=0)
     axis.set_xlabel("peak memory above the inputs, gradients included, GiB", fontsize=9)
     axis.set_ylabel("ms, forward and backward", fontsize=9)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     environment = result["environment"]
     axis.set_title(
         f"{entry['case']['divergence']} from hidden states, {shape(entry)}, bf16; rings: each one's default\n"

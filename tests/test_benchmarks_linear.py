@@ -216,6 +216,7 @@ def test_the_reports_of_a_synthetic_result(tmp_path):
     assert "Liger" not in summary
     assert "CAKD top-k 32, 8192 × 128256, hidden 2048 and 4096" in summary
     assert "forward_kl, 8192 × 151936, hidden 4096 |" in summary
+    assert f"(docs/linear.md)): {BF16}; {EAGER_NAME}." in summary
     table = report_linear.markdown(result)
     assert "fla (" in table.split("Not measured")[1]
     accuracy = report_linear.accuracy(result)
