@@ -117,7 +117,7 @@ class AdaptiveSweep : public SplitSweep<T, Split::top_p, RowSweep<T, AdaptiveKL>
 
   __device__ __forceinline__ void middle(InFlight& at) {
     if constexpr (kFar)
-      if (this->enter(at).scale != 0) at.sums = far_sums(at);
+      if (this->enter(at).scale != 0 && short_forms<T>(problem_)) at.sums = far_sums(at);
   }
 
   __device__ __forceinline__ int start(InFlight& at, uint32_t row) {

@@ -271,7 +271,7 @@ void row_loss(const RowProblem& p, const Plan& plan, void* stream) {
                          slots(d, p, plan), float(p.kd_weight), float(p.ce_weight), float(p.temperature),
                          {float(p.parameters[0]), float(p.parameters[1]), float(p.parameters[2]), float(p.parameters[3])},
                          float(p.strong.amount), p.with_ce(), p.reads_labels(), p.scale_by_temperature,
-                         p.scale_gradient, plan.ahead};
+                         p.scale_gradient, plan.ahead, has_gradient(p) && bytes_per_element(p.gradient_dtype) == 2};
   const void* kernel = kernel_of(p);
 
   cudaLaunchAttribute cluster{};

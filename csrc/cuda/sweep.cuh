@@ -32,7 +32,7 @@ class RowSweep {
       uint32_t parity = now.parity;
       if (after >= ring_.count) after -= ring_.count, parity ^= 1;
       if constexpr (kFar && !FarD::from_kl)
-        if (now.counts) now.sums = far_sums(now);
+        if (now.counts && short_forms<T>(problem_)) now.sums = far_sums(now);
       const bool more = row + row_step < rows;
       if (more && problem_.ahead) next = begin(row + row_step, after, parity, now.buffer ^ 1);
       finish(row, now);
