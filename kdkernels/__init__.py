@@ -19,8 +19,9 @@ from kdkernels.divergences import (
     SymmetricKL,
     TotalVariation,
 )
+from kdkernels.linear import linear_distillation_loss
 from kdkernels.losses import distillation_loss
-from kdkernels.modules import DistillationLoss
+from kdkernels.modules import DistillationLoss, LinearDistillationLoss
 from kdkernels.stats import RowStats
 from kdkernels.strong_sets import Given, Label, StrongSet, TopK, TopP
 from kdkernels.teachers import LinearTeacher
@@ -42,6 +43,7 @@ __all__ = [
     "Given",
     "JensenShannon",
     "Label",
+    "LinearDistillationLoss",
     "LinearTeacher",
     "ReverseKL",
     "RowStats",
@@ -55,5 +57,6 @@ __all__ = [
     "__version__",
     "backends",
     "distillation_loss",
+    "linear_distillation_loss",
     "reference",
 ]

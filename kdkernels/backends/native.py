@@ -124,6 +124,11 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def narrows(device: torch.device) -> bool:
+    """Whether a sweep of fp32 logits can write its gradient in 16 bits."""
+    return device.type == "cuda"
+
+
 def empty_gradient(student: Tensor) -> Tensor:
     """Uninitialised memory for a gradient of the student's logits, contiguous."""
     gradient = torch.empty_like(student, memory_format=torch.contiguous_format)

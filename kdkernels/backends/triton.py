@@ -50,6 +50,11 @@ def why_not(device: torch.device | None = None) -> str | None:
     return f"Triton's kernels need a GPU, not {device.type} (but for its interpreter: TRITON_INTERPRET=1)"
 
 
+def narrows(device: torch.device) -> bool:
+    """Whether a sweep of fp32 logits can write its gradient in 16 bits."""
+    return True
+
+
 def empty_gradient(student: Tensor) -> Tensor:
     """Uninitialised memory for a gradient of the student's logits, contiguous."""
     return torch.empty_like(student, memory_format=torch.contiguous_format)

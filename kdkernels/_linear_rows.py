@@ -1,0 +1,253 @@
+"""The row sweeps of a fused lm_head: logits of a chunk of rows at a time, and the gradients of what they came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdkernels import _chunks, _products, backends
+from kdkernels.backends.native import RowOptions, number_of_stats, row_layout
+
+# Logits' rows begin at multiples of so many columns: any kernel and any product reads them at its best.
+COLUMNS = 64
+# Of a teacher's logits that cannot be read where they lie.
+ROWS_COPIED = 64
+
+
+@dataclass(frozen=True)
+class LinearProblem:
+    """N rows of hidden states; every operand in the dtype it is multiplied in."""
+
+    hidden: Tensor  # (N, H_s)
+    weight: Tensor  # (V_s, H_s)
+    bias: Tensor | None  # (V_s,)
+    teacher: Tensor  # (N, H_t) hidden states; (..., V_t) logits without a weight, N rows
+    teacher_weight: Tensor | None  # (V_t, H_t)
+    teacher_bias: Tensor | None  # (V_t,)
+    labels: Tensor | None  # (N,)
+    row_scale: Tensor  # (N,)
+    temperatures: Tensor | None  # (N,)
+    weights: Tensor | None  # (3,)
+    mask: Tensor | None  # (V,) or (N, V)
+    backend: str
+    options: RowOptions
+    logits_dtype: torch.dtype
+    workspace_bytes: int | None
+    index: Tensor | None = None  # (N,): of the teacher's logits' and the mask's rows, those that are wanted
+
+    @property
+    def rows(self) -> int:
+        return self.hidden.shape[0]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients to form, by the dtype each is to have; None: not wanted."""
+
+    hidden: torch.dtype | None
+    weight: torch.dtype | None
+    bias: torch.dtype | None
+
+    @property
+    def any(self) -> bool:
+        return any(dtype is not None for dtype in (self.hidden, self.weight, self.bias))
+
+
+class Formed(NamedTuple):
+    loss: Tensor  # (N,)
+    stats: Tensor  # (4 or 9, N)
+    hidden: Tensor | None  # (N, H_s)
+    weight: Tensor | None  # (V_s, H_s)
+    bias: Tensor | None  # (V_s,)
+
+
+def compacted(problem: LinearProblem) -> tuple[LinearProblem, Tensor]:
+    """The problem without the rows whose scale is 0, and the others' numbers. Waits for the device."""
+    kept = problem.row_scale.nonzero().squeeze(1)
+
+    def of(rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else rows.index_select(0, kept)
+
+    few = replace(
+        problem,
+        hidden=problem.hidden.index_select(0, kept),
+        teacher=problem.teacher if problem.teacher_weight is None else problem.teacher.index_select(0, kept),
+        labels=of(problem.labels),
+        row_scale=problem.row_scale.index_select(0, kept),
+        temperatures=of(problem.temperatures),
+        index=kept,
+    )
+    return few, kept
+
+
+def row_losses(problem: LinearProblem, wanted: Wanted) -> Formed:
+    """Loss and statistics of every row, and the gradients that are wanted."""
+    return _Sweep(problem, wanted).run()
+
+
+class _Sweep:
+    def __init__(self, problem: LinearProblem, wanted: Wanted) -> None:
+        self.p, self.wanted = problem, wanted
+        p, device = problem, problem.hidden.device
+        self.vocab = p.options.vocab_size
+        self.columns = -(-self.vocab // COLUMNS) * COLUMNS
+        # Scales of logits go into the products, which cost nothing more for them.
+        self.scale, self.teacher_scale = p.options.student_logit_scale, p.options.teacher_logit_scale
+        self.options = replace(p.options, student_logit_scale=1.0)
+        if p.teacher_weight is not None:
+            self.options = replace(self.options, teacher_logit_scale=1.0)
+        narrows = backends.sweep(p.backend, device).narrows(device)
+        self.gradient_dtype = p.hidden.dtype if narrows and p.logits_dtype == torch.float32 else p.logits_dtype
+        self.over_logits = wanted.any and self.gradient_dtype == p.logits_dtype
+        self.teacher_rows = _runs_on(p.teacher) if p.teacher_weight is None and p.index is None else None
+        if self.teacher_rows is not None and device.type == "cuda" and p.teacher.dtype != p.logits_dtype:
+            self.teacher_rows = None  # the kernels that read logits once take one dtype of both models
+        self.mask = p.mask if p.mask is None or p.mask.dim() == 1 else p.mask.reshape(-1, p.mask.shape[-1])
+
+    def run(self) -> Formed:
+        p, wanted = self.p, self.wanted
+        loss = p.row_scale.new_empty(p.rows)
+        stats = p.row_scale.new_empty((number_of_stats(self.options.divergence), p.rows))
+        of_hidden = None if wanted.hidden is None else p.hidden.new_empty(p.hidden.shape, dtype=wanted.hidden)
+        of_bias = None if wanted.bias is None else p.row_scale.new_zeros(p.weight.shape[0])
+        if p.rows == 0:
+            of_weight = None if wanted.weight is None else p.weight.new_zeros(p.weight.shape, dtype=wanted.weight)
+            return Formed(loss, stats, of_hidden, of_weight, None if of_bias is None else of_bias.to(wanted.bias))
+        plan = self._plan()
+        gradient = self._buffer(plan.gradient_bytes)
+        scratch: Tensor | None = self._buffer(plan.scratch_bytes)
+        several = plan.group < p.rows
+        of_weight = None
+        if several and wanted.weight is not None:
+            of_weight = self._weight_gradient(torch.float64 if wanted.weight == torch.float64 else torch.float32)
+        for first in range(0, p.rows, plan.group):
+            rows = slice(first, min(first + plan.group, p.rows))
+            for chunk in plan.of(rows.stop - rows.start):
+                assert scratch is not None
+                self._sweep(rows.start, chunk, gradient, scratch, loss, stats)
+            if not several:
+                scratch = None  # before the weight's gradient takes as much
+            if not wanted.any:
+                continue
+            of_logits = self._view(gradient, 0, rows.stop - rows.start, self.gradient_dtype)
+            if of_hidden is not None:
+                _products.of_hidden(of_logits, p.weight[: self.vocab], self.scale, of_hidden[rows])
+            if wanted.weight is not None:
+                if of_weight is None:
+                    of_weight = self._weight_gradient(wanted.weight)
+                target = of_weight[: self.vocab]
+                _products.of_weight(of_logits, p.hidden[rows], self.scale, target, add=rows.start > 0)
+            if of_bias is not None:
+                of_bias[: self.vocab].add_(of_logits.sum(0, dtype=of_bias.dtype), alpha=self.scale)
+            del of_logits
+        del gradient, scratch
+        if of_weight is not None and of_weight.dtype != wanted.weight:
+            of_weight = of_weight.to(wanted.weight)
+        return Formed(loss, stats, of_hidden, of_weight, None if of_bias is None else of_bias.to(wanted.bias))
+
+    def _plan(self) -> _chunks.Plan:
+        p, device = self.p, self.p.hidden.device
+        machine = _chunks.CPU if device.type == "cpu" else _chunks.GPU
+        logits = self.columns * p.logits_dtype.itemsize
+        row = _chunks.RowBytes(
+            student=0 if self.over_logits else logits,
+            teacher=0 if self.teacher_rows is not None else logits,
+            gradient=self.columns * self.gradient_dtype.itemsize if self.wanted.any else 0,
+        )
+        keep = self.wanted.weight is not None
+        if p.workspace_bytes is None:
+            weight_bytes = 0 if self.wanted.weight is None else p.weight.numel() * self.wanted.weight.itemsize
+            return _chunks.default_plan(p.rows, row, weight_bytes, machine, keep=keep)
+        teacher_width = 0 if p.teacher_weight is None else p.teacher_weight.shape[1]
+        share = p.hidden.shape[1] / max(1, p.hidden.shape[1] + teacher_width)
+        return _chunks.plan(p.rows, row, p.workspace_bytes, machine, keep=keep, share=share)
+
+    def _buffer(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self.p.hidden.device)
+
+    def _weight_gradient(self, dtype: torch.dtype) -> Tensor:  # (V_s, H_s)
+        gradient = self.p.weight.new_empty(self.p.weight.shape, dtype=dtype)
+        gradient[self.vocab :].zero_()
+        return gradient
+
+    def _view(self, buffer: Tensor, offset: int, rows: int, dtype: torch.dtype) -> Tensor:  # (rows, V)
+        stop = offset + rows * self.columns * dtype.itemsize
+        return buffer[offset:stop].view(dtype).view(rows, self.columns)[:, : self.vocab]
+
+    def _sweep(
+        self, first: int, chunk: _chunks.Chunk, gradient: Tensor, scratch: Tensor, loss: Tensor, stats: Tensor
+    ) -> None:
+        """Rows [first + chunk.start, first + chunk.stop): their logits, then loss, statistics and gradient."""
+        p, n = self.p, chunk.stop - chunk.start
+        rows = slice(first + chunk.start, first + chunk.stop)
+        size = n * self.columns * p.logits_dtype.itemsize
+        in_scratch, in_tail = 0, gradient.numel()
+
+        def place(there: bool) -> Tensor:
+            nonlocal in_scratch, in_tail
+            if there:
+                in_scratch += size
+                return self._view(scratch, in_scratch - size, n, p.logits_dtype)
+            in_tail -= size
+            return self._view(gradient, in_tail, n, p.logits_dtype)
+
+        of_logits = None
+        if self.wanted.any:
+            start = chunk.start * self.columns * self.gradient_dtype.itemsize
+            of_logits = self._view(gradient, start, n, self.gradient_dtype)
+        student = of_logits if self.over_logits and of_logits is not None else place(chunk.student_in_scratch)
+        _products.logits(p.hidden[rows], p.weight[: self.vocab], _part(p.bias, self.vocab), self.scale, student)
+        if self.teacher_rows is not None:
+            teacher = self.teacher_rows[rows]
+        else:
+            teacher = place(chunk.teacher_in_scratch)
+            self._teacher_logits(rows, teacher)
+        mask = self.mask
+        if mask is not None and mask.dim() > 1:
+            mask = mask[rows] if p.index is None else mask.index_select(0, p.index[rows])
+        whole = n == p.rows
+        of_chunk = stats if whole else stats.new_empty((stats.shape[0], n))
+        backends.row_loss(
+            p.backend,
+            student,
+            teacher,
+            _part(p.labels, rows) if self.options.reads_labels else None,
+            p.row_scale[rows],
+            _part(p.temperatures, rows),
+            p.weights,
+            mask,
+            self.options,
+            of_logits,
+            loss[rows],
+            of_chunk,
+        )
+        if not whole:
+            stats[:, rows] = of_chunk
+
+    def _teacher_logits(self, rows: slice, out: Tensor) -> None:
+        p = self.p
+        if p.teacher_weight is not None:
+            weight, bias = p.teacher_weight[: self.vocab], _part(p.teacher_bias, self.vocab)
+            _products.logits(p.teacher[rows], weight, bias, self.teacher_scale, out)
+            return
+        numbers = p.index[rows] if p.index is not None else torch.arange(rows.start, rows.stop, device=out.device)
+        for start in range(0, numbers.numel(), ROWS_COPIED):
+            few = numbers[start : start + ROWS_COPIED]
+            where = torch.unravel_index(few, p.teacher.shape[:-1])
+            out[start : start + ROWS_COPIED] = p.teacher[..., : self.vocab][where]
+
+
+def _part(tensor: Tensor | None, rows: slice | int) -> Tensor | None:
+    return None if tensor is None else tensor[rows if isinstance(rows, slice) else slice(rows)]
+
+
+def _runs_on(logits: Tensor) -> Tensor | None:  # (..., V) -> (N, V)
+    """Logits as a matrix where they lie; None where their rows are not evenly spaced."""
+    sizes, strides = row_layout(logits)
+    if len(sizes) > 1:
+        return None
+    rows = logits.shape[:-1].numel()
+    return logits.as_strided((rows, logits.shape[-1]), ((strides or [logits.shape[-1]])[0], 1))

@@ -1,0 +1,205 @@
+"""``kdkernels::linear_loss``: from hidden states and output embeddings to loss and gradients, in chunks of rows.
+
+A reduced loss forms its gradients in forward, and backward multiplies them by the scalar that comes in. A loss per row
+forms none: its backward is the operator once more, with the rows scaled by what comes in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels._linear_rows import LinearProblem, Wanted, compacted, row_losses
+from kdkernels.backends.native import number_of_stats
+from kdkernels.ops._shared import LIBRARY, OPTIONS, refuse_double_backward, scaled, unpacked
+
+LIBRARY.define(
+    "linear_loss("
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor teacher, Tensor? teacher_weight, Tensor? teacher_bias, "
+    "Tensor? labels, Tensor row_scale, Tensor? temperatures, Tensor? weights, Tensor? mask, str backend, "
+    f"{OPTIONS}, ScalarType? compute_dtype, ScalarType logits_dtype, SymInt? workspace_bytes, bool compact, "
+    "bool per_row, bool[] gradients, bool own_gradients"
+    ") -> (Tensor loss, Tensor stats, Tensor of_hidden, Tensor of_weight, Tensor of_bias)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_OPERANDS = 12  # tensors and backend, before the packed options
+_COMPUTE_DTYPE = 13  # after these
+
+
+def gradient_dtype(parameter: Tensor) -> torch.dtype:
+    """Of a parameter's gradient before the incoming one: fp16 cannot hold sums over many tokens that are not scaled."""
+    return torch.float32 if parameter.dtype == torch.float16 else parameter.dtype
+
+
+def _outputs_shape(row_scale: Tensor, divergence: str, per_row: bool) -> tuple[torch.Size, tuple[int, ...]]:
+    rows = row_scale.shape
+    return rows if per_row else torch.Size(()), (number_of_stats(divergence), *rows)
+
+
+def _flat(rows: Tensor | None) -> Tensor | None:
+    return None if rows is None else rows.reshape(-1)
+
+
+def _linear_loss(
+    hidden: Tensor,  # (..., H_s)
+    weight: Tensor,  # (V_s, H_s)
+    bias: Tensor | None,  # (V_s,)
+    teacher: Tensor,  # (..., H_t), or logits (..., V_t) where there is no teacher_weight
+    teacher_weight: Tensor | None,  # (V_t, H_t)
+    teacher_bias: Tensor | None,  # (V_t,)
+    labels: Tensor | None,  # (...)
+    row_scale: Tensor,  # (...)
+    temperatures: Tensor | None,  # (...)
+    weights: Tensor | None,  # (3,)
+    mask: Tensor | None,  # (V,) or (..., V) bool
+    backend: str,
+    *rest: Any,  # the packed options, then the settings of the schema
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *packed_options, compute_dtype, logits_dtype, workspace_bytes, compact, per_row, gradients, _ = rest
+    options = unpacked(packed_options, scale_gradient=True)
+
+    def operand(tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None or compute_dtype is None else tensor.to(compute_dtype)
+
+    of_hidden, of_weight, of_bias = (wanted and not per_row for wanted in gradients)
+    wanted = Wanted(
+        hidden.dtype if of_hidden else None,
+        gradient_dtype(weight) if of_weight else None,
+        gradient_dtype(bias) if of_bias and bias is not None else None,
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        x, w = operand(hidden.reshape(-1, hidden.shape[-1])), operand(weight)
+        assert x is not None
+        assert w is not None
+        states = teacher if teacher_weight is None else operand(teacher.reshape(-1, teacher.shape[-1]))
+        assert states is not None
+        problem = LinearProblem(
+            hidden=x,
+            weight=w,
+            bias=bias,
+            teacher=states,
+            teacher_weight=operand(teacher_weight),
+            teacher_bias=teacher_bias,
+            labels=_flat(labels),
+            row_scale=row_scale.reshape(-1),
+            temperatures=_flat(temperatures),
+            weights=weights,
+            mask=mask,
+            backend=backend,
+            options=options,
+            logits_dtype=logits_dtype,
+            workspace_bytes=workspace_bytes,
+        )
+        kept = None
+        if compact and not (hidden.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            problem, kept = compacted(problem)
+        formed = row_losses(problem, wanted)
+        loss, stats, x_gradient = formed.loss, formed.stats, formed.hidden
+        if kept is not None:
+            rows = row_scale.numel()
+            loss = loss.new_zeros(rows).index_copy(0, kept, loss)
+            stats = stats.new_zeros((stats.shape[0], rows)).index_copy(1, kept, stats)
+            if x_gradient is not None:
+                x_gradient = x_gradient.new_zeros((rows, x_gradient.shape[1])).index_copy(0, kept, x_gradient)
+        loss_shape, stats_shape = _outputs_shape(row_scale, options.divergence, per_row)
+
+    def out(gradient: Tensor | None, like: Tensor) -> Tensor:
+        return row_scale.new_empty(0) if gradient is None else gradient.view(like.shape)
+
+    return (
+        loss.view(loss_shape) if per_row else loss.sum(),
+        stats.view(stats_shape),
+        out(x_gradient, hidden),
+        out(formed.weight, weight),
+        out(formed.bias, weight[:, 0]),
+    )
+
+
+def _linear_loss_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    row_scale, divergence = rest[4], rest[_OPERANDS - 3]
+    per_row = rest[-3]
+    of_hidden, of_weight, of_bias = (wanted and not per_row for wanted in rest[-2])
+    loss_shape, stats_shape = _outputs_shape(row_scale, divergence, per_row)
+
+    def gradient(tensor: Tensor | None, shape: torch.Size, wanted: bool) -> Tensor:
+        if tensor is None or not wanted:
+            return row_scale.new_empty(0)
+        return tensor.new_empty(shape, dtype=tensor.dtype if tensor is hidden else gradient_dtype(tensor))
+
+    return (
+        row_scale.new_empty(loss_shape),
+        row_scale.new_empty(stats_shape),
+        gradient(hidden, hidden.shape, of_hidden),
+        gradient(weight, weight.shape, of_weight),
+        gradient(bias, weight.shape[:1], of_bias),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, stats, *gradients = output
+    per_row, ctx.own_gradients = inputs[-3], inputs[-1]
+    ctx.mark_non_differentiable(stats, *gradients)
+    ctx.set_materialize_grads(False)
+    ctx.backend = inputs[_OPERANDS - 1]
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
+    ctx.settings = inputs[_OPERANDS:]
+    if per_row:
+        ctx.save_for_backward(*inputs[: _OPERANDS - 1])
+    else:
+        ctx.save_for_backward(*gradients)
+    ctx.per_row = per_row
+
+
+def _backward(ctx: Any, of_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * (_OPERANDS - 3 + len(ctx.settings))
+    if of_loss is None:
+        return (None, None, None, *nothing)
+    refuse_double_backward()
+    if ctx.per_row:
+        gradients, factor = _recomputed(ctx, of_loss)
+    else:
+        gradients, factor = list(ctx.saved_tensors), of_loss
+    found: list[Tensor | None] = []
+    for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.settings[-2], strict=True):
+        found.append(_times(gradient, factor, dtype, ctx) if wanted else None)
+    return (*found, *nothing)
+
+
+def _times(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype, ctx: Any) -> Tensor:
+    if factor is None or gradient.numel() == 0:
+        return gradient.to(dtype)
+    if gradient.dtype != dtype:
+        return (gradient * factor).to(dtype)
+    matrix = gradient.detach() if gradient.dim() > 1 else gradient.detach().unsqueeze(0)
+    factors = factor.to(torch.float64 if dtype == torch.float64 else torch.float32).expand(matrix.shape[:-1])
+    return scaled(matrix, factors, ctx.backend, own=ctx.per_row or ctx.own_gradients).view(gradient.shape)
+
+
+def _recomputed(ctx: Any, of_loss: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    """The gradients of a loss per row, and the factor that they still lack."""
+    operands = list(ctx.saved_tensors)
+    row_scale = operands[7]
+    scale = torch.where(row_scale != 0, of_loss.to(row_scale.dtype) * row_scale, 0)
+    *settings, _, gradients, _ = ctx.settings
+    operands[7], factor = relative(scale, settings[_COMPUTE_DTYPE] or ctx.dtypes[0])
+    detached = (None if operand is None else operand.detach() for operand in operands)
+    found = linear_loss(*detached, ctx.backend, *settings, False, gradients, True)
+    return list(found[2:]), factor
+
+
+def relative(scale: Tensor, compute_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """In fp16, where a gradient over the number of tokens would vanish: row scales over the largest, and that one."""
+    if compute_dtype != torch.float16 or scale.numel() == 0:
+        return scale, None
+    largest = scale.abs().amax()
+    return torch.where(largest == 0, 0, scale / largest), largest
+
+
+LIBRARY.impl("linear_loss", _linear_loss, "CompositeExplicitAutograd")
+torch.library.register_fake("kdkernels::linear_loss", _linear_loss_fake, lib=LIBRARY)
+torch.library.register_autograd("kdkernels::linear_loss", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+#: loss () or (...), stats (4 or 9, ...), and the gradients of hidden, weight and bias or (0,): see the schema above.
+linear_loss = torch.ops.kdkernels.linear_loss.default
