@@ -155,7 +155,8 @@ def against_reference(
     exact, ours = given.to(torch.float64).leaves(required), given.leaves(required)
     expected, expected_gradients = losses(exact, labels, reference=True, **options)
     actual, gradients = losses(ours, labels, **options)
-    assert actual.dtype == (torch.float64 if given.hidden.dtype == torch.float64 else torch.float32)
+    dtype = torch.float64 if given.hidden.dtype == torch.float64 else torch.float32
+    assert actual.dtype == dtype, f"loss is {actual.dtype}"
     assert_near("loss", actual, expected, slack * BOUNDS[given.hidden.dtype][0], floor)
     for name, gradient in gradients.items():
         operand = getattr(given, name)

@@ -414,8 +414,8 @@ def test_only_what_requires_grad_gets_one(required, reduction, workspace_bytes):
     against_reference(given, LABELS, required=required, **options)
     loss, gradients = losses(given.leaves(required), LABELS, **options)
     assert {name for name, gradient in gradients.items() if gradient is not None} == set(required)
-    # Whatever else is formed, the loss is the same.
-    assert torch.equal(loss, losses(given.leaves(), LABELS, **options)[0])
+    # Whatever else is formed, the loss is the same (but for where a workspace has other chunks).
+    assert_near("loss", loss, losses(given.leaves(), LABELS, **options)[0], 1e-6)
 
 
 def test_without_gradients_there_is_a_loss_alone():

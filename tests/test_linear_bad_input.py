@@ -2,6 +2,7 @@
 
 import re
 import socket
+import warnings
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_logits_dtypes(dtype, allowed):
 def test_logits_dtype_under_autocast_goes_by_what_is_multiplied():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         kd.linear_distillation_loss(X, W, T, logits_dtype=torch.bfloat16)
-        with pytest.raises(ValueError, match="logits_dtype must be.*float16"):
+        with pytest.raises(ValueError, match=r"logits_dtype must be.*float16"):
             kd.linear_distillation_loss(X, W, T, logits_dtype=torch.float16)
 
 
@@ -125,11 +126,19 @@ def test_errors_come_before_any_work(monkeypatch):
         kd.linear_distillation_loss(leaf, W, T, workspace_bytes=0)
 
 
-def test_a_teacher_that_requires_grad_is_warned_about(monkeypatch):
+@pytest.mark.parametrize("of_logits", [False, True])
+def test_a_teacher_that_requires_grad_is_warned_about_where_it_is_called(monkeypatch, of_logits):
     monkeypatch.setattr(_arguments, "_warned_about_teacher", False)
-    leaf, weight = X.clone().requires_grad_(), T.weight.clone().requires_grad_()
-    with pytest.warns(UserWarning, match="teacher requires grad"):
+    leaf = X.clone().requires_grad_()
+    hidden = (Y if of_logits else T.hidden).clone().requires_grad_()
+    weight = T.weight.clone().requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a teacher's weights are parameters: nothing is wrong with that
         kd.linear_distillation_loss(leaf, W, teacher(weight=weight)).backward()
+    with pytest.warns(UserWarning, match="teacher requires grad") as seen:
+        kd.linear_distillation_loss(leaf, W, hidden if of_logits else teacher(hidden=hidden)).backward()
+    assert seen[0].filename == __file__
+    assert hidden.grad is None
     assert weight.grad is None
 
 
