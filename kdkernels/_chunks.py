@@ -41,7 +41,7 @@ class Machine:
 
 
 GPU = Machine(288, 40, 1280, 192, 640, multiple=64, group=8192, scratch=768)
-CPU = Machine(16, 2, 64, 8, 8, multiple=8, group=256, scratch=64)
+CPU = Machine(64, 8, 32, 8, 8, multiple=8, group=128, scratch=64)
 
 
 @dataclass(frozen=True)
@@ -183,15 +183,15 @@ def plan(rows: int, row: RowBytes, workspace: int, machine: Machine, *, keep: bo
 def default_plan(rows: int, row: RowBytes, weight_bytes: int, machine: Machine, *, keep: bool) -> Plan:
     """The plan where no bound is asked for.
 
-    Where there is a weight gradient, of ``weight_bytes`` in its own dtype, the scratch buffer may take as much: it is
-    gone before that is allocated.
+    A weight gradient, of ``weight_bytes`` in its own dtype, is allocated after the scratch buffer of a single group is
+    gone: that buffer may take as much.
     """
     if not keep:
         group = _even_size(rows, -(-rows // (machine.group // 8)), machine.multiple)
         return Plan(group, group * row.gradient, group * row.logits, (Chunk(0, group, True, True),))
     group = _even_size(rows, -(-rows // machine.group), machine.multiple)
     room = (machine.group - group) * row.gradient + machine.scratch * row.logits
-    scratch = min(group * row.logits, max(room, weight_bytes))
+    scratch = min(group * row.logits, max(room, weight_bytes if group == rows else 0))
     chunks = _even(group, scratch, row, machine.multiple)
     assert chunks is not None
     return Plan(group, group * row.gradient, scratch, chunks)
