@@ -7,6 +7,8 @@ from linear_cases import NAMES, Operands, assert_gradients, losses, operands
 from torch.utils.checkpoint import checkpoint
 
 import kdkernels as kd
+from kdkernels import ops
+from kdkernels.backends.native import RowOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -272,3 +274,61 @@ def test_compile_under_autocast():
     for a, b in zip(one[:2], two[:2], strict=True):
         assert b.grad.dtype == torch.float32
         assert_near("gradient", b.grad, a.grad, ONE_ROUNDING)
+
+
+def operator_arguments(
+    given: Operands, *, labels=None, workspace_bytes=None, compact=False, per_row=False, gradients=(True,) * 3,
+    mask=None, temperatures=None, weights=None, divergence=None, compute_dtype=None,
+):  # fmt: skip
+    which = divergence or kd.ForwardKL()
+    double = given.hidden.dtype == torch.float64
+    rows = given.hidden.shape[:-1]
+    scale = torch.rand(
+        rows, generator=torch.Generator().manual_seed(3), dtype=torch.float64 if double else torch.float32
+    )
+    teacher = given.teacher if isinstance(given.teacher, kd.LinearTeacher) else (given.teacher, None, None)
+    strong = which.strong_set()
+    wanted = [x is not None and x.requires_grad and form for x, form in zip(given[:3], gradients, strict=True)]
+    options = RowOptions(
+        divergence=which.name,
+        parameters=tuple(which.parameters()),
+        temperature=1.5,
+        kd_weight=0.7,
+        ce_weight=0.5 if labels is not None else 0.0,
+        scale_by_temperature=True,
+        vocab_size=given.weight.shape[0],
+        student_logit_scale=1.0,
+        student_softcap=0.0,
+        teacher_logit_scale=1.0,
+        teacher_softcap=0.0,
+        scale_gradient=True,
+        strong="" if strong is None else strong.name,
+        strong_amount=0.0 if strong is None else strong.amount,
+    )
+    return (
+        *given[:3], *teacher, labels, scale, temperatures, weights, mask, "native", *ops.packed(options), compute_dtype,
+        torch.float64 if double else torch.float32, workspace_bytes, compact, per_row, wanted, False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("teacher_logits", [False, True])
+def test_opcheck(dtype, per_row, teacher_logits):
+    made = operands(2, 3, width=40, hidden=5, bias=True, teacher_bias=True, teacher_logits=teacher_logits, dtype=dtype)
+    labels = torch.arange(6).view(2, 3)
+    torch.library.opcheck(ops.linear_loss, operator_arguments(made, per_row=per_row))
+    options = {"labels": labels, "workspace_bytes": 1, "per_row": per_row}
+    torch.library.opcheck(ops.linear_loss, operator_arguments(made.leaves(), **options))
+    torch.library.opcheck(ops.linear_loss, operator_arguments(made.leaves(("weight",)), **options))
+
+
+def test_opcheck_with_every_tensor():
+    made = operands(2, 3, width=40, hidden=5)
+    tensors = {"temperatures": torch.rand(2, 3) + 1, "weights": torch.rand(3), "mask": torch.rand(2, 3, 40) < 0.4}
+    divergence = kd.Decoupled(kd.Given(tensors["mask"]))
+    for per_row in (False, True):
+        arguments = operator_arguments(made.leaves(), divergence=divergence, per_row=per_row, **tensors)
+        torch.library.opcheck(ops.linear_loss, arguments)
+    under_autocast = operator_arguments(made.leaves(), compute_dtype=torch.bfloat16)
+    torch.library.opcheck(ops.linear_loss, under_autocast)

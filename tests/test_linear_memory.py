@@ -11,8 +11,8 @@ import pytest
 
 MIB = 2**20
 WIDTH = 16384
-# What a call may take beyond its gradients and its workspace: rows' numbers, and a block of a weight (8 MiB of fp32) where
-# one of 16 bits is multiplied in fp32.
+# What a call may take beyond its gradients and its workspace: rows' numbers, and where a weight of 16 bits is
+# multiplied in fp32, a block of it (8 MiB).
 SLACK = {"float32": MIB, "bfloat16": 9 * MIB}
 
 # rows, hidden, dtype, workspace in MiB, what requires grad, reduction, whether the teacher is logits. Both models'
