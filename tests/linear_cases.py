@@ -86,7 +86,7 @@ def operands(
         return torch.randn(*shape, generator=generator, device=device)
 
     def weight_of(columns: int, size: int) -> Tensor:
-        return normal(columns, size) * (spread / size**0.5)
+        return normal(columns, size) * (spread / max(1, size) ** 0.5)
 
     student = (normal(*rows, hidden), weight_of(width, hidden), normal(width) if bias else None)
     if noise is None:

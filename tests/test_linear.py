@@ -89,8 +89,10 @@ def test_leading_dimensions(dtype, teacher_logits, workspace_bytes):
 def test_one_dimension_is_one_row():
     given = operands(5)
     one = given._replace(hidden=given.hidden[0], teacher=given.teacher._replace(hidden=given.teacher.hidden[0]))
-    for reduction in ("mean", "none"):
-        against_reference(one, torch.tensor(3), ce_weight=0.5, reduction=reduction)
+    of_logits = one._replace(teacher=torch.randn(WIDTH, generator=torch.Generator().manual_seed(0)))
+    for reduction, compact in itertools.product(("mean", "none"), (False, True)):
+        for single in (one, of_logits, of_logits._replace(teacher=of_logits.teacher.bfloat16())):
+            against_reference(single, torch.tensor(3), ce_weight=0.5, reduction=reduction, compact=compact)
 
 
 VIEWS = {
@@ -145,7 +147,7 @@ def test_the_gradient_of_a_view_of_hidden_states(workspace_bytes):
         assert_near("gradient", actual, expected, 4e-6)
 
 
-@pytest.mark.parametrize("hidden", [1, 3, 8, 37, 100, 129])
+@pytest.mark.parametrize("hidden", [0, 1, 3, 8, 37, 100, 129])
 @TWO_DTYPES
 def test_hidden_sizes(hidden, dtype):
     against_reference(operands(11, hidden=hidden, dtype=dtype, bias=True, teacher_hidden=2 * hidden + 1))
@@ -240,7 +242,7 @@ def test_vocab_size(dtype, widths, teacher_logits, workspace_bytes):
     assert (gradients["bias"][297:] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@TWO_DTYPES
 @pytest.mark.parametrize("teacher_dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("teacher_logits", [False, True])
 def test_a_teacher_of_another_dtype(dtype, teacher_dtype, teacher_logits):
@@ -552,7 +554,14 @@ def test_module_is_the_function():
     assert torch.equal(plain(given.hidden, given.weight, given.teacher), losses(given._replace(bias=None))[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@TWO_DTYPES
+def test_many_rows_by_default(dtype):
+    # More than a group holds: the weight's gradient is a sum in fp32, rounded once.
+    for reduction in ("mean", "none"):
+        against_reference(operands(700, width=64, dtype=dtype, bias=True), reduction=reduction)
+
+
+@TWO_DTYPES
 def test_several_threads(dtype):
     torch.set_num_threads(4)
     against_reference(operands(150, width=5003, dtype=dtype), some_labels(150), workspace_bytes=64 * 5003 * 12)

@@ -42,6 +42,10 @@ def _flat(rows: Tensor | None) -> Tensor | None:
     return None if rows is None else rows.reshape(-1)
 
 
+def _matrix(states: Tensor) -> Tensor:  # (..., H) -> (N, H)
+    return states.reshape(states.shape[:-1].numel(), states.shape[-1])
+
+
 def _linear_loss(
     hidden: Tensor,  # (..., H_s)
     weight: Tensor,  # (V_s, H_s)
@@ -70,10 +74,10 @@ def _linear_loss(
         gradient_dtype(bias) if of_bias and bias is not None else None,
     )
     with torch.autocast(hidden.device.type, enabled=False):
-        x, w = operand(hidden.reshape(-1, hidden.shape[-1])), operand(weight)
+        x, w = operand(_matrix(hidden)), operand(weight)
         assert x is not None
         assert w is not None
-        states = teacher if teacher_weight is None else operand(teacher.reshape(-1, teacher.shape[-1]))
+        states = teacher if teacher_weight is None else operand(_matrix(teacher))
         assert states is not None
         problem = LinearProblem(
             hidden=x,
