@@ -460,6 +460,22 @@ def test_fp16_gradients_survive_under_a_loss_scale():
     against_reference(given, incoming=65536.0, normalizer=65536.0, bound=1e-3)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("workspace_bytes", [CHUNKS[1], None])
+def test_fp16_means_of_sums_that_fp16_cannot_hold(reduction, workspace_bytes):
+    # A thousand tokens of one label: their gradients add up to 1e5, and their mean is 100.
+    rows = 1000
+    given = operands(rows, width=50, dtype=torch.float16, bias=True)
+    given = given._replace(hidden=torch.full_like(given.hidden, 100.0), weight=given.weight / 1000)
+    options = {"ce_weight": 1.0, "kd_weight": 0.0, "reduction": reduction, "workspace_bytes": workspace_bytes}
+    _, gradients = losses(
+        given.to(torch.float64).leaves(), torch.zeros(rows, dtype=torch.int64), reference=True, **options
+    )
+    assert gradients["weight"].abs().max() > (70000 if reduction == "none" else 70)
+    incoming = 1 / rows if reduction == "none" else 1.0
+    against_reference(given, torch.zeros(rows, dtype=torch.int64), incoming=incoming, bound=1e-3, **options)
+
+
 def test_negative_and_large_weights():
     weight = torch.tensor([-1.0, 100.0, 0.0, 1e-3, 5.0])
     against_reference(operands(5), weight=weight, reduction="sum")

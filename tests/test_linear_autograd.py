@@ -311,16 +311,14 @@ def operator_arguments(
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("teacher_logits", [False, True])
 def test_opcheck(dtype, per_row, teacher_logits):
     made = operands(2, 3, width=40, hidden=5, bias=True, teacher_bias=True, teacher_logits=teacher_logits, dtype=dtype)
-    labels = torch.arange(6).view(2, 3)
-    torch.library.opcheck(ops.linear_loss, operator_arguments(made, per_row=per_row))
-    options = {"labels": labels, "workspace_bytes": 1, "per_row": per_row}
-    torch.library.opcheck(ops.linear_loss, operator_arguments(made.leaves(), **options))
-    torch.library.opcheck(ops.linear_loss, operator_arguments(made.leaves(("weight",)), **options))
+    options = {"labels": torch.arange(6).view(2, 3), "workspace_bytes": 1, "per_row": per_row}
+    for required in (NAMES, ("weight",)):
+        torch.library.opcheck(ops.linear_loss, operator_arguments(made.leaves(required), **options))
 
 
 def test_opcheck_with_every_tensor():
@@ -330,5 +328,6 @@ def test_opcheck_with_every_tensor():
     for per_row in (False, True):
         arguments = operator_arguments(made.leaves(), divergence=divergence, per_row=per_row, **tensors)
         torch.library.opcheck(ops.linear_loss, arguments)
+    torch.library.opcheck(ops.linear_loss, operator_arguments(made, divergence=divergence, **tensors))
     under_autocast = operator_arguments(made.leaves(), compute_dtype=torch.bfloat16)
     torch.library.opcheck(ops.linear_loss, under_autocast)

@@ -109,15 +109,15 @@ def _linear_loss(
                 x_gradient = x_gradient.new_zeros((rows, x_gradient.shape[1])).index_copy(0, kept, x_gradient)
         loss_shape, stats_shape = _outputs_shape(row_scale, options.divergence, per_row)
 
-    def out(gradient: Tensor | None, like: Tensor) -> Tensor:
-        return row_scale.new_empty(0) if gradient is None else gradient.view(like.shape)
+    def out(gradient: Tensor | None, shape: torch.Size) -> Tensor:
+        return row_scale.new_empty(0) if gradient is None else gradient.view(shape)
 
     return (
         loss.view(loss_shape) if per_row else loss.sum(),
         stats.view(stats_shape),
-        out(x_gradient, hidden),
-        out(formed.weight, weight),
-        out(formed.bias, weight[:, 0]),
+        out(x_gradient, hidden.shape),
+        out(formed.weight, weight.shape),
+        out(formed.bias, weight.shape[:1]),
     )
 
 
