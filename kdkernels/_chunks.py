@@ -40,7 +40,7 @@ class Machine:
     scratch: int
 
 
-GPU = Machine(288, 40, 1280, 192, 640, multiple=64, group=8192, scratch=768)
+GPU = Machine(288, 40, 1280, 192, 640, multiple=192, group=8192, scratch=768)
 CPU = Machine(64, 8, 32, 8, 8, multiple=8, group=128, scratch=64)
 
 

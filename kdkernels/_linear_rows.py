@@ -236,8 +236,16 @@ class _Sweep:
         numbers = p.index[rows] if p.index is not None else torch.arange(rows.start, rows.stop, device=out.device)
         for start in range(0, numbers.numel(), ROWS_COPIED):
             few = numbers[start : start + ROWS_COPIED]
-            where = torch.unravel_index(few, p.teacher.shape[:-1])
-            out[start : start + ROWS_COPIED] = p.teacher[..., : self.vocab][where]
+            out[start : start + ROWS_COPIED] = p.teacher[..., : self.vocab][_places(few, p.teacher.shape[:-1])]
+
+
+def _places(rows: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+    """torch.unravel_index, which copies the shape to the device and waits for that."""
+    places: list[Tensor] = []
+    for size in reversed(shape):
+        places.insert(0, rows % size)
+        rows = rows // size
+    return tuple(places)
 
 
 def _part(tensor: Tensor | None, rows: slice | int) -> Tensor | None:

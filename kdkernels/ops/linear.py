@@ -43,6 +43,10 @@ def _flat(rows: Tensor | None) -> Tensor | None:
     return None if rows is None else rows.reshape(-1)
 
 
+def _matrix(states: Tensor) -> Tensor:  # (..., H) -> (N, H)
+    return states.reshape(states.shape[:-1].numel(), states.shape[-1])
+
+
 def _linear_loss(
     hidden: Tensor,  # (..., H_s)
     weight: Tensor,  # (V_s, H_s)
@@ -71,10 +75,10 @@ def _linear_loss(
         gradient_dtype(bias) if of_bias and bias is not None else None,
     )
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        x, w = operand(hidden.reshape(-1, hidden.shape[-1])), operand(weight)
+        x, w = operand(_matrix(hidden)), operand(weight)
         assert x is not None
         assert w is not None
-        states = teacher if teacher_weight is None else operand(teacher.reshape(-1, teacher.shape[-1]))
+        states = teacher if teacher_weight is None else operand(_matrix(teacher))
         assert states is not None
         problem = LinearProblem(
             hidden=x,
@@ -106,15 +110,15 @@ def _linear_loss(
                 x_gradient = x_gradient.new_zeros((rows, x_gradient.shape[1])).index_copy(0, kept, x_gradient)
         loss_shape, stats_shape = _outputs_shape(row_scale, options.divergence, per_row)
 
-    def out(gradient: Tensor | None, like: Tensor) -> Tensor:
-        return row_scale.new_empty(0) if gradient is None else gradient.view(like.shape)
+    def out(gradient: Tensor | None, shape: torch.Size) -> Tensor:
+        return row_scale.new_empty(0) if gradient is None else gradient.view(shape)
 
     return (
         loss.view(loss_shape) if per_row else loss.sum(),
         stats.view(stats_shape),
-        out(x_gradient, hidden),
-        out(formed.weight, weight),
-        out(formed.bias, weight[:, 0]),
+        out(x_gradient, hidden.shape),
+        out(formed.weight, weight.shape),
+        out(formed.bias, weight.shape[:1]),
     )
 
 
