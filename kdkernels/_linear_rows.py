@@ -15,6 +15,9 @@ from kdkernels.backends.native import RowOptions, number_of_stats, row_layout
 COLUMNS = 64
 # Of a teacher's logits that cannot be read where they lie.
 ROWS_COPIED = 64
+# A gradient in fp16 is formed this many times as large: where models nearly agree, most of it would be too small there.
+# What is left above is enough for a row's factors (kd_weight, T, the slope of its divergence) up to 64.
+FP16_BOOST = 1024
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,10 @@ class _Sweep:
         self.gradient_dtype = p.hidden.dtype if narrows and p.logits_dtype == torch.float32 else p.logits_dtype
         self.over_logits = wanted.any and self.gradient_dtype == p.logits_dtype
         self.teacher_rows = _runs_on(p.teacher) if p.teacher_weight is None and p.index is None else None
-        if self.teacher_rows is not None and device.type == "cuda" and p.teacher.dtype != p.logits_dtype:
-            self.teacher_rows = None  # the kernels that read logits once take one dtype of both models
+        if self.teacher_rows is not None and device.type == "cuda" and not _suits(self.teacher_rows, p.logits_dtype):
+            self.teacher_rows = None
+        self.boost = FP16_BOOST if wanted.any and self.gradient_dtype == torch.float16 else 1
+        self.row_scale = p.row_scale if self.boost == 1 else p.row_scale * self.boost
         self.mask = p.mask if p.mask is None or p.mask.dim() == 1 else p.mask.reshape(-1, p.mask.shape[-1])
 
     def run(self) -> Formed:
@@ -120,6 +125,7 @@ class _Sweep:
         gradient = self._buffer(plan.gradient_bytes)
         scratch: Tensor | None = self._buffer(plan.scratch_bytes)
         several = plan.group < p.rows
+        scale = self.scale / self.boost
         of_weight = None
         if several and wanted.weight is not None:
             of_weight = self._weight_gradient(torch.float64 if wanted.weight == torch.float64 else torch.float32)
@@ -134,16 +140,18 @@ class _Sweep:
                 continue
             of_logits = self._view(gradient, 0, rows.stop - rows.start, self.gradient_dtype)
             if of_hidden is not None:
-                _products.of_hidden(of_logits, p.weight[: self.vocab], self.scale, of_hidden[rows])
+                _products.of_hidden(of_logits, p.weight[: self.vocab], scale, of_hidden[rows])
             if wanted.weight is not None:
                 if of_weight is None:
                     of_weight = self._weight_gradient(wanted.weight)
                 target = of_weight[: self.vocab]
-                _products.of_weight(of_logits, p.hidden[rows], self.scale, target, add=rows.start > 0)
+                _products.of_weight(of_logits, p.hidden[rows], scale, target, add=rows.start > 0)
             if of_bias is not None:
-                of_bias[: self.vocab].add_(of_logits.sum(0, dtype=of_bias.dtype), alpha=self.scale)
+                of_bias[: self.vocab].add_(of_logits.sum(0, dtype=of_bias.dtype), alpha=scale)
             del of_logits
         del gradient, scratch
+        if self.boost != 1:
+            loss.div_(self.boost)
         if of_weight is not None and of_weight.dtype != wanted.weight:
             of_weight = of_weight.to(wanted.weight)
         return Formed(loss, stats, of_hidden, of_weight, None if of_bias is None else of_bias.to(wanted.bias))
@@ -215,7 +223,7 @@ class _Sweep:
             student,
             teacher,
             _part(p.labels, rows) if self.options.reads_labels else None,
-            p.row_scale[rows],
+            self.row_scale[rows],
             _part(p.temperatures, rows),
             p.weights,
             mask,
@@ -250,6 +258,11 @@ def _places(rows: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
 
 def _part(tensor: Tensor | None, rows: slice | int) -> Tensor | None:
     return None if tensor is None else tensor[rows if isinstance(rows, slice) else slice(rows)]
+
+
+def _suits(logits: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernels that read logits once take these beside ours: of one dtype, rows at multiples of 16 bytes."""
+    return logits.dtype == dtype and (logits.data_ptr() | logits.stride(0) * logits.element_size()) % 16 == 0
 
 
 def _runs_on(logits: Tensor) -> Tensor | None:  # (..., V) -> (N, V)
