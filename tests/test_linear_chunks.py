@@ -65,4 +65,4 @@ def test_the_default(rows, row, weight_bytes, machine, keep):
     check(plan, row, rows)
     held = (plan.gradient_bytes + plan.scratch_bytes) / (row.gradient + row.logits or 1)
     beside = weight_bytes / (row.gradient + row.logits or 1)
-    assert held <= machine.group + machine.multiple + max(machine.scratch, beside), "more rows are held than is said"
+    assert held <= machine.group + machine.step + max(machine.scratch, beside), "more rows are held than is said"
