@@ -468,12 +468,11 @@ def test_fp16_means_of_sums_that_fp16_cannot_hold(reduction, workspace_bytes):
     given = operands(rows, width=50, dtype=torch.float16, bias=True)
     given = given._replace(hidden=torch.full_like(given.hidden, 100.0), weight=given.weight / 1000)
     options = {"ce_weight": 1.0, "kd_weight": 0.0, "reduction": reduction, "workspace_bytes": workspace_bytes}
-    _, gradients = losses(
-        given.to(torch.float64).leaves(), torch.zeros(rows, dtype=torch.int64), reference=True, **options
-    )
+    labels = torch.zeros(rows, dtype=torch.int64)
+    _, gradients = losses(given.to(torch.float64).leaves(), labels, reference=True, **options)
     assert gradients["weight"].abs().max() > (70000 if reduction == "none" else 70)
     incoming = 1 / rows if reduction == "none" else 1.0
-    against_reference(given, torch.zeros(rows, dtype=torch.int64), incoming=incoming, bound=1e-3, **options)
+    against_reference(given, labels, required=("weight", "bias"), incoming=incoming, bound=1e-3, **options)
 
 
 def test_negative_and_large_weights():

@@ -1,10 +1,13 @@
 """The loss from hidden states among what autograd, autocast, torch.compile and checkpointing do."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from checks import assert_near, relative_error
 from linear_cases import NAMES, Operands, assert_gradients, losses, operands
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import kdkernels as kd
 from kdkernels import ops
@@ -122,6 +125,21 @@ def test_gradients_accumulate_in_the_leaves():
     _, once = losses(given.leaves(), LABELS)
     for name, gradient in given.gradients().items():
         assert_near(name, gradient, 3 * once[name], 1e-6)
+
+
+@REDUCTIONS
+@pytest.mark.parametrize("teacher_logits", [False, True])
+@pytest.mark.parametrize("registered", [False, True])
+def test_a_teacher_of_inference_mode(reduction, teacher_logits, registered):
+    given = operands(ROWS, width=WIDTH, teacher_bias=True, teacher_logits=teacher_logits)
+    expected, exact = losses(given.to(torch.float64).leaves(), LABELS, reference=True, reduction=reduction)
+    with torch.inference_mode():
+        teacher = given.teacher.clone() if teacher_logits else kd.LinearTeacher(*(x.clone() for x in given.teacher))
+    looking_on = FlopCounterMode(display=False) if registered else nullcontext()
+    with looking_on:  # a dispatch mode is served by the registered operator
+        actual, gradients = losses(given._replace(teacher=teacher).leaves(), LABELS, reduction=reduction)
+    assert_near("loss", actual, expected, 2e-6)
+    assert_gradients(gradients, exact)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

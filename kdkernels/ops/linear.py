@@ -151,7 +151,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
     ctx.settings = inputs[_OPERANDS:]
     if per_row:
-        ctx.save_for_backward(*inputs[: _OPERANDS - 1])
+        # Autograd saves no tensor that was made in inference mode, as a teacher's may be.
+        operands = inputs[: _OPERANDS - 1]
+        ctx.of_inference = [x if isinstance(x, Tensor) and x.is_inference() else None for x in operands]
+        ctx.save_for_backward(
+            *(x if kept is None else None for x, kept in zip(operands, ctx.of_inference, strict=True))
+        )
     else:
         ctx.save_for_backward(*gradients)
     ctx.per_row = per_row
@@ -184,7 +189,7 @@ def _times(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype, ctx: Any
 
 def _recomputed(ctx: Any, of_loss: Tensor) -> tuple[list[Tensor], Tensor | None]:
     """The gradients of a loss per row, and the factor that they still lack."""
-    operands = list(ctx.saved_tensors)
+    operands = [x if kept is None else kept for x, kept in zip(ctx.saved_tensors, ctx.of_inference, strict=True)]
     row_scale = operands[7]
     scale = torch.where(row_scale != 0, of_loss.to(row_scale.dtype) * row_scale, 0)
     *settings, _, gradients, _ = ctx.settings
