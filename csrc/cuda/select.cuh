@@ -65,13 +65,12 @@ struct Window {
   static __device__ __forceinline__ int interval(float y, float coarse, float inv_width) {
     return min(kCoarse - 1, int((y - coarse) * inv_width));
   }
-  // The least value of an interval but the first; NaN where it is not found.
-  __device__ float begin_of(int n) const {
-    uint32_t image = image_of(coarse + n / inv_width) - 32;  // rounding moves it by less, but for a far-off window
-    if (interval(value_of(image), coarse, inv_width) >= n) return __builtin_nanf("");
-    for (int i = 0; i < 64; i++)
-      if (interval(value_of(++image), coarse, inv_width) == n) return value_of(image);
-    return __builtin_nanf("");
+  // The least value of an interval but the first, by a whole warp; NaN where rounding has put it further off than this
+  // looks, as it may in a far-off window.
+  __device__ float begin_of(int n, int lane) const {
+    const uint32_t first = image_of(coarse + n / inv_width) - 16;
+    const uint32_t within = __ballot_sync(0xffffffffu, interval(value_of(first + lane), coarse, inv_width) >= n);
+    return within == 0 || within & 1 ? __builtin_nanf("") : value_of(first + __ffs(within) - 1);
   }
   __device__ float middle() const { return bounded() ? value_at<T>(middle_image()) : __builtin_nanf(""); }
 };
@@ -208,7 +207,8 @@ class Scout {
       enough = fminf(amount_ + doubt, 0.5f + 0.5f * amount_) * total;
     } else {
       const float expected = amount_ * (whole ? 1 : float(pieces * G) / columns);
-      enough = expected + (whole ? 0 : 3 * sqrtf(expected) + 2);
+      // A second round costs 16-bit logits more than a wide window does, and others less.
+      enough = expected + (whole ? 0 : kSpareBits<T> ? 3 * sqrtf(expected) + 2 : 2 * sqrtf(expected) + 1);
     }
     int low_bin = kScoutBins;
 #pragma unroll
@@ -359,7 +359,7 @@ class SelectTotals {
       if constexpr (!kMass && kSpareBits<T> == 0) {
         // Then the interval begins at a threshold as good as the least value in it.
         const bool done = __any_sync(kAllLanes, coarse && bin > 0 && bin == coarse_bin && just);
-        const float begin = done ? window_.begin_of(coarse_bin) : again;
+        const float begin = done ? window_.begin_of(coarse_bin, lane_) : again;
         if (begin == begin) return begin;
       }
       least_ = max(least_, window_.middle_image());
