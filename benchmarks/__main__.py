@@ -82,8 +82,8 @@ def _add_linear(bench: argparse.ArgumentParser) -> None:
         metavar="WORD",
         nargs="+",
         default=[],
-        help="ours, peers: the others are left out; plot, accuracy, ignored, or a part of a case's title: the other cases are. "
-        "No files without --output, --merge",
+        help="ours, peers: the others are left out; plot, accuracy, ignored, or a part of a case's title: the other "
+        "cases are. No files without --output, --merge",
     )
     bench.add_argument(
         "--without", metavar="NAME", nargs="+", default=[], help="leave out implementations whose name contains this"

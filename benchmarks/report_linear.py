@@ -198,8 +198,8 @@ def ignored_table(result: Result) -> str:
             continue
         parts = list(found[0]["by_ignored"])
         lines = [
-            f"Milliseconds of {entry['case']['divergence']}, {shape(entry)}, bf16, by the part of the tokens whose label "
-            "is ignored:",
+            f"Milliseconds of {entry['case']['divergence']}, {shape(entry)}, bf16, by the part of the tokens whose "
+            "label is ignored:",
             "",
             f"| | {' | '.join(f'{100 * float(part):g} %' for part in parts)} |",
             "|---|" + "---:|" * len(parts),

@@ -55,11 +55,12 @@ def test_vocabularies(backend, dtype, width):
     labels = some_labels(rows, width=width)
     # Of one column, the gradient is 0 up to the rounding of a probability of 1. In fp32, a hidden state's gradient is
     # the sum of as many terms as there are columns.
-    options = {"floor": 0.1 if width == 1 else 0.0, "slack": 2 if dtype == torch.float32 else 1}
+    options = {"floor": 0.3 if width == 1 else 0.0, "slack": 2 if dtype == torch.float32 else 1}
     against_reference(given, labels, temperature=2.0, **options)
     against_reference(given, labels, ce_weight=0.5, reduction="none", workspace_bytes=8 * MIB, **options)
 
 
+MASKED_WIDTH = 992  # the CUDA kernels take masks whose rows lie at multiples of 16 bytes
 KINDS = {name: DIVERGENCES[name] for name in ("reverse_kl", "jensen_shannon", "total_variation", "alpha_beta")}
 SETS = {name: FAMILY[name] for name in ("label_weighted", "dkd", "cakd_top_k", "cakd_top_p", "given", "adaptive_kl")}
 
@@ -75,9 +76,10 @@ def test_divergences(backend, divergence, dtype):
 @pytest.mark.parametrize("divergence", SETS.values(), ids=SETS)
 @TWO_DTYPES
 def test_decoupled_and_adaptive(backend, divergence, dtype):
-    given = some(48, width=WIDTH, dtype=dtype)
-    which = on_device(divergence(WIDTH), DEVICE)
-    labels = labels_for(48, WIDTH).to(DEVICE)
+    width = MASKED_WIDTH if divergence is SETS["given"] else WIDTH
+    given = some(48, width=width, dtype=dtype)
+    which = on_device(divergence(width), DEVICE)
+    labels = labels_for(48, width).to(DEVICE)
     against_reference(given, labels, divergence=which, temperature=2.0, workspace_bytes=2 * MIB)
 
 
@@ -138,13 +140,14 @@ def test_logit_scales(backend, dtype):
 
 
 def test_options_per_row(backend):
-    given = some(2, 20, width=WIDTH, dtype=torch.bfloat16)
-    masks = torch.stack([mask_of(WIDTH, seed) for seed in range(40)]).view(2, 20, WIDTH).to(DEVICE)
+    width = MASKED_WIDTH
+    given = some(2, 20, width=width, dtype=torch.bfloat16)
+    masks = torch.stack([mask_of(width, seed) for seed in range(40)]).view(2, 20, width).to(DEVICE)
     temperature = (0.7 + torch.rand(2, 20, generator=torch.Generator().manual_seed(3))).to(DEVICE)
     which = kd.Decoupled(kd.Given(masks), scd=torch.tensor(2.0, device=DEVICE))
     for compact in (False, True):
         options = {"temperature": temperature, "workspace_bytes": MIB // 2, "compact": compact}
-        against_reference(given, some_labels(2, 20, width=WIDTH), divergence=which, **options)
+        against_reference(given, some_labels(2, 20, width=width), divergence=which, **options)
 
 
 @pytest.mark.parametrize("required", [("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ()], ids=str)
@@ -207,8 +210,7 @@ def near(dtype: torch.dtype) -> Operands:
     [
         *((divergence, torch.bfloat16) for divergence in ("forward_kl", "reverse_kl", "jensen_shannon")),
         ("jensen_shannon", torch.float32),
-        # Gradients of most logits are under the smallest normal float16 here, where they lose digits: 0.27 %, and 1 %
-        # of Jensen-Shannon's, which are a quarter of these.
+        ("jensen_shannon", torch.float16),
         ("forward_kl", torch.float16),
     ],
     ids=str,

@@ -66,7 +66,9 @@ def _linear_loss(
     options = unpacked(packed_options, scale_gradient=True)
 
     def operand(tensor: Tensor | None) -> Tensor | None:
-        return tensor if tensor is None or compute_dtype is None else tensor.to(compute_dtype)
+        if tensor is None or compute_dtype is None or tensor.dtype == torch.float64:  # which autocast leaves as it is
+            return tensor
+        return tensor.to(compute_dtype)
 
     of_hidden, of_weight, of_bias = (wanted and not per_row for wanted in gradients)
     wanted = Wanted(
