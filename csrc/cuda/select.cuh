@@ -13,7 +13,7 @@
 
 namespace kdkernels::cuda {
 
-constexpr int kExact = 128, kCoarse = 128, kBins = kExact + kCoarse;
+constexpr int kBins = 256;
 constexpr int kScoutBins = 128;
 constexpr int kScouted = 4;  // rows that the scout may be ahead of the consumers
 
@@ -32,6 +32,11 @@ template <>
 constexpr int kSpareBits<__nv_bfloat16> = 16;
 template <>
 constexpr int kSpareBits<__half> = 13;
+// Bins of either part of a window. Of fp32 logits, the coarse part finds the threshold: their images are many.
+template <class T>
+constexpr int kExact = kSpareBits<T> ? 128 : 32;
+template <class T>
+constexpr int kCoarse = kBins - kExact<T>;
 // The value whose image lies in [image, image + 2^spare), image a multiple of 2^spare.
 template <class T>
 __device__ __forceinline__ float value_at(uint32_t image) {
@@ -59,11 +64,11 @@ struct Window {
     return w;
   }
   // Whether numbers lie above the exact part, and from which value on.
-  __device__ bool bounded() const { return low < kBeyondImages - (uint32_t(kExact) << kSpareBits<T>); }
-  __device__ uint32_t middle_image() const { return low + (uint32_t(kExact) << kSpareBits<T>); }
+  __device__ bool bounded() const { return low < kBeyondImages - (uint32_t(kExact<T>) << kSpareBits<T>); }
+  __device__ uint32_t middle_image() const { return low + (uint32_t(kExact<T>) << kSpareBits<T>); }
   // Of a value in the coarse part. Rounding and all, larger values have no smaller interval.
   static __device__ __forceinline__ int interval(float y, float coarse, float inv_width) {
-    return min(kCoarse - 1, int((y - coarse) * inv_width));
+    return min(kCoarse<T> - 1, int((y - coarse) * inv_width));
   }
   // The least value of an interval but the first, by a whole warp; NaN where rounding has put it further off than this
   // looks, as it may in a far-off window.
@@ -221,10 +226,10 @@ class Scout {
     if constexpr (kSpareBits<T> == 0)
       if (!mass) {
         // So many images lie between that values must do: from `low` to where the sample's tail, taken for an exponential
-        // one, would have a third of what is asked for.
+        // one, would have half of what is asked for.
         const float share = whole ? 1 : float(pieces * G) / columns, tail = (top - low) / logf(fmaxf(2, enough));
-        const float upper = top + tail * fmaxf(0, 1 - logf(fmaxf(amount_ * share, 1e-6f)));
-        return Window<T>::at(max(rounded_image<T>(low), kLeastImage<T>), -__builtin_inff(), (upper - low) / kCoarse, top);
+        const float upper = top + tail * fmaxf(0, 0.7f - logf(fmaxf(amount_ * share, 1e-6f)));
+        return Window<T>::at(max(rounded_image<T>(low), kLeastImage<T>), -__builtin_inff(), (upper - low) / kCoarse<T>, top);
       }
     return Window<T>::at(max(rounded_image<T>(low), kLeastImage<T>), top, width, top);
   }
@@ -315,13 +320,15 @@ class SelectTotals {
       return again;
     }
     const float target = kMass ? amount_ * all : amount_, middle = window_.middle();
-    // The lower half of the warp has the exact part, the upper the coarse one.
-    const bool coarse = lane_ >= 16;
+    // The lower half of the warp has the exact part, the upper the coarse one; or as the bins are divided.
+    constexpr int exact_lanes = kExact<T> / kEach;
+    const bool coarse = lane_ >= exact_lanes;
+    const int place = exact_lanes == 16 ? lane_ % 16 : coarse ? lane_ - exact_lanes : lane_;
     const float width = window_.inv_width > 0 ? 1 / window_.inv_width : 0;
     float held[kEach], mine = 0;
 #pragma unroll
     for (int i = 0; i < kEach; i++) {
-      const int bin = lane_ % 16 * kEach + i;
+      const int bin = place * kEach + i;
       held[i] = float(counts[i]);
       if (kMass && counts[i]) {
         const float value =
@@ -339,9 +346,9 @@ class SelectTotals {
     }
     float over = mine;  // of its half of the warp, what lies in this lane's intervals and all above
 #pragma unroll
-    for (int d = 1; d < 16; d *= 2) {
-      const float from = __shfl_down_sync(kAllLanes, over, d, 16);
-      if (lane_ % 16 + d < 16) over += from;
+    for (int d = 1; d < (exact_lanes == 16 ? 16 : 32); d *= 2) {
+      const float from = __shfl_down_sync(kAllLanes, over, d, exact_lanes == 16 ? 16 : 32);
+      if (exact_lanes == 16 ? place + d < 16 : lane_ + d < (coarse ? 32 : exact_lanes)) over += from;
     }
     over += (coarse ? 0 : above) - mine;
     int bin = -1;
@@ -349,7 +356,7 @@ class SelectTotals {
 #pragma unroll
     for (int i = kEach - 1; i >= 0; i--) {
       over += held[i];
-      if (bin < 0 && over >= target) bin = lane_ % 16 * kEach + i, just = over == target;
+      if (bin < 0 && over >= target) bin = place * kEach + i, just = over == target;
     }
     const int exact_bin = __reduce_max_sync(kAllLanes, coarse ? -1 : bin);
     const int coarse_bin = __reduce_max_sync(kAllLanes, coarse ? bin : -1);
@@ -365,7 +372,7 @@ class SelectTotals {
       least_ = max(least_, window_.middle_image());
       if (window_.coarse < infinity && width > 0) {
         from = coarse_bin < 0 ? value_at<T>(least_) : window_.coarse + (coarse_bin - 1) * width;
-        to = coarse_bin < 0 ? window_.coarse : window_.coarse + (coarse_bin < kCoarse - 1 ? coarse_bin + 2 : 16 * kCoarse) * width;
+        to = coarse_bin < 0 ? window_.coarse : window_.coarse + (coarse_bin < kCoarse<T> - 1 ? coarse_bin + 2 : 16 * kCoarse<T>) * width;
       }
     } else {
       if (exact_bin >= 0) return value_at<T>(window_.low + (uint32_t(exact_bin) << kSpareBits<T>));
@@ -376,14 +383,14 @@ class SelectTotals {
     const float upper = beyond_ < kBeyondImages ? value_at<T>(beyond_) : infinity;
     if (least_ >= beyond_ || rounds_ > kMostRounds) return upper;
     const uint32_t images = beyond_ - least_;
-    if (images <= uint32_t(kExact) << kSpareBits<T>) {
+    if (images <= uint32_t(kExact<T>) << kSpareBits<T>) {
       window_ = Window<T>::at(least_, infinity, 0, window_.reference);
     } else {
       const uint32_t low = from == from ? max(rounded_image<T>(from), least_) : beyond_;
       to = fminf(to, upper);
       const float at = low < beyond_ ? value_at<T>(low) : again;
       if (rounds_ < 10 && isfinite(at) && isfinite(to) && to > at)
-        window_ = Window<T>::at(low, -infinity, (to - at) / kCoarse, window_.reference);
+        window_ = Window<T>::at(low, -infinity, (to - at) / kCoarse<T>, window_.reference);
       else
         window_ = Window<T>::at(least_ + (images / 2 >> kSpareBits<T> << kSpareBits<T>), infinity, 0, window_.reference);
     }
