@@ -15,9 +15,6 @@ from kdkernels.backends.native import RowOptions, number_of_stats, row_layout
 COLUMNS = 64
 # Of a teacher's logits that cannot be read where they lie.
 ROWS_COPIED = 64
-# A gradient in fp16 is formed this many times as large: where models nearly agree, most of it would be too small there.
-# What is left above is enough for a row's factors (kd_weight, T, the slope of its divergence) up to 64.
-FP16_BOOST = 1024
 
 
 @dataclass(frozen=True)
@@ -108,8 +105,6 @@ class _Sweep:
         self.teacher_rows = _runs_on(p.teacher) if p.teacher_weight is None and p.index is None else None
         if self.teacher_rows is not None and device.type == "cuda" and not _suits(self.teacher_rows, p.logits_dtype):
             self.teacher_rows = None
-        self.boost = FP16_BOOST if wanted.any and self.gradient_dtype == torch.float16 else 1
-        self.row_scale = p.row_scale if self.boost == 1 else p.row_scale * self.boost
         one_for_all = p.mask is None or p.mask.dim() == 1
         self.mask_rows = None if p.mask is None or one_for_all or p.index is not None else _runs_on(p.mask)
 
@@ -126,7 +121,6 @@ class _Sweep:
         gradient = self._buffer(plan.gradient_bytes)
         scratch: Tensor | None = self._buffer(plan.scratch_bytes)
         several = plan.group < p.rows
-        scale = self.scale / self.boost
         of_weight = None
         if several and wanted.weight is not None:
             of_weight = self._weight_gradient(torch.float64 if wanted.weight == torch.float64 else torch.float32)
@@ -141,18 +135,16 @@ class _Sweep:
                 continue
             of_logits = self._view(gradient, 0, rows.stop - rows.start, self.gradient_dtype)
             if of_hidden is not None:
-                _products.of_hidden(of_logits, p.weight[: self.vocab], scale, of_hidden[rows])
+                _products.of_hidden(of_logits, p.weight[: self.vocab], self.scale, of_hidden[rows])
             if wanted.weight is not None:
                 if of_weight is None:
                     of_weight = self._weight_gradient(wanted.weight)
                 target = of_weight[: self.vocab]
-                _products.of_weight(of_logits, p.hidden[rows], scale, target, add=rows.start > 0)
+                _products.of_weight(of_logits, p.hidden[rows], self.scale, target, add=rows.start > 0)
             if of_bias is not None:
-                of_bias[: self.vocab].add_(of_logits.sum(0, dtype=of_bias.dtype), alpha=scale)
+                of_bias[: self.vocab].add_(of_logits.sum(0, dtype=of_bias.dtype), alpha=self.scale)
             del of_logits
         del gradient, scratch
-        if self.boost != 1:
-            loss.div_(self.boost)
         if of_weight is not None and of_weight.dtype != wanted.weight:
             of_weight = of_weight.to(wanted.weight)
         return Formed(loss, stats, of_hidden, of_weight, None if of_bias is None else of_bias.to(wanted.bias))
@@ -224,7 +216,7 @@ class _Sweep:
             student,
             teacher,
             _part(p.labels, rows) if self.options.reads_labels else None,
-            self.row_scale[rows],
+            p.row_scale[rows],
             _part(p.temperatures, rows),
             p.weights,
             mask,

@@ -217,9 +217,10 @@ def near(dtype: torch.dtype) -> Operands:
 )
 def test_models_that_nearly_agree(backend, divergence, dtype):
     given = near(dtype)
-    _, exact = losses(given.to(torch.float64).leaves(), reference=True, divergence=divergence)
+    options = {"divergence": divergence, "incoming": 65536.0 if dtype == torch.float16 else 1.0}  # a loss scale
+    _, exact = losses(given.to(torch.float64).leaves(), reference=True, **options)
     for workspace_bytes in (None, 64 * MIB):
-        _, ours = losses(given.leaves(), divergence=divergence, workspace_bytes=workspace_bytes)
+        _, ours = losses(given.leaves(), workspace_bytes=workspace_bytes, **options)
         assert_gradients(ours, exact, bound=5e-3)
 
 
@@ -291,8 +292,8 @@ def synchronisations(mode: str) -> Iterator[None]:
 def full_call(teacher: kd.LinearTeacher | Tensor, reduction: str, **options):
     """A step with everything that a call can bring along on the device."""
     shape = (teacher if isinstance(teacher, Tensor) else teacher.hidden).shape[:-1]
-    labels = some_labels(*shape, width=1000)
-    mask = mask_of(1000).to(DEVICE)
+    labels = some_labels(*shape, width=MASKED_WIDTH)
+    mask = mask_of(MASKED_WIDTH).to(DEVICE)
     more = {
         "temperature": torch.full(shape, 2.0, device=DEVICE),
         "weight": torch.rand(shape, device=DEVICE),
@@ -301,7 +302,7 @@ def full_call(teacher: kd.LinearTeacher | Tensor, reduction: str, **options):
     }
     if reduction == "mean":
         more["normalizer"] = torch.tensor(5, device=DEVICE)
-    leaves = some(*shape, width=1000, dtype=torch.bfloat16, bias=True).leaves()
+    leaves = some(*shape, width=MASKED_WIDTH, dtype=torch.bfloat16, bias=True).leaves()
 
     def step() -> None:
         loss, _ = kd.linear_distillation_loss(
@@ -316,7 +317,7 @@ def full_call(teacher: kd.LinearTeacher | Tensor, reduction: str, **options):
 @pytest.mark.parametrize("kind", ["hidden", "logits", "logits of rows far apart"])
 @REDUCTIONS
 def test_no_synchronisation_with_the_host(backend, kind, reduction):
-    made = some(10, 30, width=1000, dtype=torch.bfloat16, teacher_logits=kind != "hidden").teacher
+    made = some(10, 30, width=MASKED_WIDTH, dtype=torch.bfloat16, teacher_logits=kind != "hidden").teacher
     teacher = made.transpose(0, 1)[:, :-1] if kind == "logits of rows far apart" else made
     step = full_call(teacher, reduction, workspace_bytes=MIB // 2)
     step()
@@ -326,7 +327,7 @@ def test_no_synchronisation_with_the_host(backend, kind, reduction):
 
 @REDUCTIONS
 def test_compact_synchronises_once(backend, reduction):
-    made = some(10, 30, width=1000, dtype=torch.bfloat16).teacher
+    made = some(10, 30, width=MASKED_WIDTH, dtype=torch.bfloat16).teacher
     step = full_call(made, reduction, compact=True)
     step()
     with synchronisations("warn"), warnings.catch_warnings(record=True) as seen:

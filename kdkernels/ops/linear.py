@@ -27,11 +27,14 @@ LIBRARY.define(
 )
 _OPERANDS = 12  # tensors and backend, before the packed options
 _COMPUTE_DTYPE = 13  # after these
+# In fp16 a token's gradient is formed this many times as large: where models nearly agree, most of it would be too
+# small. What is left above is enough for a row's factors (kd_weight, T, the slope of its divergence) up to 256.
+FP16_SCALE = 256.0
 
 
-def gradient_dtype(parameter: Tensor) -> torch.dtype:
-    """Of a parameter's gradient before the incoming one: fp16 cannot hold sums over many tokens that are not scaled."""
-    return torch.float32 if parameter.dtype == torch.float16 else parameter.dtype
+def gradient_dtype(operand: Tensor) -> torch.dtype:
+    """Of an operand's gradient before the incoming one, which fp16 may not hold until then."""
+    return torch.float32 if operand.dtype == torch.float16 else operand.dtype
 
 
 def _outputs_shape(row_scale: Tensor, divergence: str, per_row: bool) -> tuple[torch.Size, tuple[int, ...]]:
@@ -72,7 +75,7 @@ def _linear_loss(
 
     of_hidden, of_weight, of_bias = (wanted and not per_row for wanted in gradients)
     wanted = Wanted(
-        hidden.dtype if of_hidden else None,
+        gradient_dtype(hidden) if of_hidden else None,
         gradient_dtype(weight) if of_weight else None,
         gradient_dtype(bias) if of_bias and bias is not None else None,
     )
@@ -133,7 +136,7 @@ def _linear_loss_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest
     def gradient(tensor: Tensor | None, shape: torch.Size, wanted: bool) -> Tensor:
         if tensor is None or not wanted:
             return row_scale.new_empty(0)
-        return tensor.new_empty(shape, dtype=tensor.dtype if tensor is hidden else gradient_dtype(tensor))
+        return tensor.new_empty(shape, dtype=gradient_dtype(tensor))
 
     return (
         row_scale.new_empty(loss_shape),
@@ -203,11 +206,11 @@ def _recomputed(ctx: Any, of_loss: Tensor) -> tuple[list[Tensor], Tensor | None]
 
 
 def relative(scale: Tensor, compute_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """In fp16, where a gradient over the number of tokens would vanish: row scales over the largest, and that one."""
+    """In fp16, whose range is short: row scales such that the largest is FP16_SCALE, and the factor that they lack."""
     if compute_dtype != torch.float16 or scale.numel() == 0:
         return scale, None
     largest = scale.abs().amax()
-    return torch.where(largest == 0, 0, scale / largest), largest
+    return torch.where(largest == 0, 0, FP16_SCALE * (scale / largest)), largest / FP16_SCALE
 
 
 LIBRARY.impl("linear_loss", _linear_loss, "CompositeExplicitAutograd")
