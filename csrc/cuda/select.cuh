@@ -8,6 +8,10 @@
 // exact; the coarse counts, whose masses are estimates, only say where to look next. The first window is laid by a sample
 // of the row, some rows ahead, by a warp of its own; for 16-bit logits it most often holds the threshold. What a round has
 // shown is never lost, and where guesses fail the known interval is halved, so that the search ends whatever the row.
+//
+// For the few largest of fp32 logits, whose images are too many to count, the first round lists what lies in its window
+// instead: every block's list goes to all, and each finds the threshold in them by halving. Where a list is too short, a
+// round of counts comes next.
 #pragma once
 #include "sweep.cuh"
 
@@ -88,6 +92,14 @@ struct Search {
   int rounds;
 };
 
+constexpr int kListed = 128;  // images that a block lists at most, in the place of its bins
+
+// Whether a row's first round lists: the scout's window holds some ten times as many as are asked for.
+template <class T>
+__device__ __forceinline__ bool lists(float amount, int blocks) {
+  return kSpareBits<T> == 0 && amount <= 16 * blocks;
+}
+
 template <class T>
 struct SelectMemory {
   alignas(16) uint32_t bins[kBins];  // of this block; all 0 between rounds
@@ -97,8 +109,10 @@ struct SelectMemory {
   float threshold[2];     // NaN: another round
   float sums_of_blocks[2][4][ExchangeMemory::kMaxBlocks];
   uint64_t sent[2];
+  uint32_t listed;  // 0 between rounds: how many should be in this block's list
 
   __device__ void init() {
+    if constexpr (kSpareBits<T> == 0) listed = 0;
     for (uint64_t& barrier : sent) barrier_init(shared_address(&barrier), 1);
   }
 };
@@ -260,6 +274,12 @@ class SelectTotals {
       window_ = search.window, least_ = search.least, beyond_ = search.beyond, rounds_ = search.rounds;
     }
     if (window_.reference != window_.reference) window_.reference = maximum_;
+    if constexpr (!kMass && kSpareBits<T> == 0)
+      if (request.is_value && lists<T>(amount_, blocks_)) {
+        const float threshold = from_lists(k);
+        if (lane_ == 0) search = {window_, least_, beyond_, rounds_}, memory_->threshold[request.buffer] = threshold;
+        return;
+      }
     uint32_t counts[kEach];
     exchange(sums, counts);
     const float above = __shfl_sync(kAllLanes, sums, 0), all = __shfl_sync(kAllLanes, sums, 8);
@@ -308,6 +328,69 @@ class SelectTotals {
 #pragma unroll
     for (int i = 0; i < 4; i++) v[i] = lane_ < blocks_ ? memory_->sums_of_blocks[b][i][lane_] : 0;
     sums = warp_sums(v, lane_);
+  }
+
+  // Of the images that all blocks list: the threshold, or NaN and another round.
+  __device__ float from_lists(float k) {
+    uint4* mine = reinterpret_cast<uint4*>(memory_->bins) + lane_;
+    const uint4 four = *mine;
+    const uint32_t listed = memory_->listed;
+    __syncwarp();
+    *mine = make_uint4(0, 0, 0, 0);
+    if (lane_ == 0) memory_->listed = 0;
+    const int b = count_ & 1;
+    const uint32_t list = shared_address(of_blocks_ + (b * blocks_ + rank_) * kBins + lane_ * 4);
+    // What is listed, and whether it is more than a list holds.
+    float sums = lane_ == 0 ? float(listed) : lane_ == 8 && listed > kListed ? 1 : 0;
+    const uint32_t barrier = shared_address(&memory_->sent[b]);
+    const uint32_t sum = shared_address(&memory_->sums_of_blocks[b][lane_ / 8][rank_]);
+    for (int block = 0; block < blocks_; block++) {
+      const uint32_t there = address_in(barrier, block);
+      store_remote(address_in(list, block), four, there);
+      if (lane_ % 8 == 0) store_remote(address_in(sum, block), sums, there);
+    }
+    if (lane_ == 0) barrier_arrive_expecting(barrier, blocks_ * (kListed + 4) * 4);
+    barrier_wait_cluster(barrier, count_ >> 1 & 1);
+    count_++;
+    float v[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = lane_ < blocks_ ? memory_->sums_of_blocks[b][i][lane_] : 0;
+    sums = warp_sums(v, lane_);
+    const int total = int(__shfl_sync(kAllLanes, sums, 0)), wanted = int(amount_);
+    if (__shfl_sync(kAllLanes, sums, 8) > 0) {
+      rounds_++;
+      return __builtin_nanf("");
+    }
+    if (total < wanted) {  // as a round of counts with nothing in its exact part
+      const uint32_t nothing[kEach] = {};
+      return decide(nothing, float(total), 0, k);
+    }
+    const uint4* lists = reinterpret_cast<const uint4*>(of_blocks_ + b * blocks_ * kBins) + lane_;
+    auto count = [&](uint32_t least) {  // of the images from there on
+      int n = 0;
+      for (int block = 0; block < blocks_; block++) {
+        const uint4 x = lists[block * (kBins / 4)];
+        n += (x.x >= least) + (x.y >= least) + (x.z >= least) + (x.w >= least);
+      }
+      return int(__reduce_add_sync(kAllLanes, unsigned(n)));
+    };
+    uint32_t largest = 0;
+    for (int block = 0; block < blocks_; block++) {
+      const uint4 x = lists[block * (kBins / 4)];
+      largest = max(max(max(largest, x.x), max(x.y, x.z)), x.w);
+    }
+    // As many as are wanted from `low` on, fewer from `high` on.
+    uint32_t low = window_.low, high = __reduce_max_sync(kAllLanes, largest) + 1;
+    while (high - low > 1) {
+      const uint32_t middle = low + (high - low) / 2;
+      const int n = count(middle);
+      if (n >= wanted)
+        low = middle;
+      else
+        high = middle;
+      if (n == wanted) break;
+    }
+    return value_of(low);
   }
 
   // The threshold; or NaN, and the window of another round.

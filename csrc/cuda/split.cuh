@@ -218,7 +218,33 @@ class SplitSweep : public Base {
       const Found found = maximum(*this, at);
       exchange_.count = found.exchanges, window.reference = found.threshold;
     }
-    return exchange_.template post_sums<4>(count_window<kMass>(window), {Wanted::select, at.buffer(), first, at.slot(), uint32_t(at.ordinal)});
+    const Request request{Wanted::select, at.buffer(), first, at.slot(), uint32_t(at.ordinal)};
+    if constexpr (Kind == Split::top_k && kSpareBits<T> == 0)
+      if (first && lists<T>(problem_.strong_amount, this->blocks_)) {
+        list_window(window);
+        return exchange_.template post_sums<4>(0.0f, request);
+      }
+    return exchange_.template post_sums<4>(count_window<kMass>(window), request);
+  }
+
+  // Lists the images of what lies in the window or above.
+  __device__ __forceinline__ void list_window(const Window<T>& window) {
+    const float low = value_at<T>(window.low);
+    SelectMemory<T>& select = memory_->select;
+    sweep_teacher([&]<bool Special>(uint4 t, int column) {
+      float y[G];
+      widen(t, y, T{});
+      float largest = y[0];
+#pragma unroll
+      for (int i = 1; i < G; i++) largest = fmaxf(largest, y[i]);
+      if (!(largest >= low)) return;
+#pragma unroll
+      for (int i = 0; i < G; i++)
+        if (y[i] >= low && (!Special || (column + i >= low_ && column + i < limit_))) {
+          const uint32_t at = atomicAdd(&select.listed, 1);
+          if (at < kListed) select.bins[at] = image_of(y[i]);
+        }
+    });
   }
 
   // The teacher's largest logit.
