@@ -3,18 +3,30 @@
 With --device cuda: every case of benchmarks/cases.py, or --quick: our two backends alone, for tuning.
 --family decoupled: those losses and the forward KL they are compared with, alone. --merge: what was measured goes into
 the result files that are there.
-python -m benchmarks readme: the tables of README.md and docs/decoupled.md from those files.
+python -m benchmarks linear: the same from hidden states and lm_head weights; cases in benchmarks/linear_cases.py.
+python -m benchmarks readme: the tables of README.md and of docs from those files.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import cases, report, report_cuda, report_decoupled, rows, rows_cuda
+from benchmarks import (
+    cases,
+    linear,
+    linear_cases,
+    report,
+    report_cuda,
+    report_decoupled,
+    report_linear,
+    rows,
+    rows_cuda,
+)
 from benchmarks.environment import ROOT
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,21 +64,52 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--without", metavar="NAME", nargs="+", default=[], help="leave out implementations whose name contains this"
     )
     gpu.add_argument("--commit", help="the commit to record, where the sources are no git checkout")
+    _add_linear(commands.add_parser("linear", help="hidden states and lm_head weights in, loss and gradients out"))
     commands.add_parser("readme", help="write the tables of README.md and docs from the result files")
     options = parser.parse_args(arguments)
     if options.command == "rows" and len(options.width) > 1 and not options.quick:
         bench.error("several widths go with --device cuda --quick alone")
-    if options.command == "rows" and options.merge and options.quick:
-        bench.error("--quick writes no files to merge into")
+    if options.command in ("rows", "linear") and options.merge and options.quick:
+        parser.error("--quick writes no files to merge into")
     return options
+
+
+def _add_linear(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    bench.add_argument("--quick", action="store_true", help="small shapes, to see that everything works; no files")
+    bench.add_argument(
+        "--only",
+        metavar="WORD",
+        nargs="+",
+        default=[],
+        help="ours, peers: the others are left out; plot, accuracy, or a part of a case's title: the other cases are. "
+        "No files without --output, --merge",
+    )
+    bench.add_argument(
+        "--without", metavar="NAME", nargs="+", default=[], help="leave out implementations whose name contains this"
+    )
+    bench.add_argument(
+        "--merge", action="store_true", help="replace the lines measured in the result files, and keep the others"
+    )
+    bench.add_argument(
+        "--output", type=Path, default=None, help=f"folder of the result files (default: {RESULTS.name}/)"
+    )
+    bench.add_argument(
+        "--minutes", type=float, default=linear.FULL.minutes, help="peers that would begin later are left out"
+    )
+    bench.add_argument("--commit", help="the commit to record, where the sources are no git checkout")
+    bench.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
 
 
 def document_blocks() -> dict[Path, dict[str, str]]:
     """What stands between each pair of markers in the documents: the tables of the result files that there are."""
     results = {
-        name: report.load(file) for name in ("rows-cpu", "rows-cuda") if (file := RESULTS / f"{name}.json").exists()
+        name: report.load(file)
+        for name in ("rows-cpu", "rows-cuda", "linear-cpu", "linear-cuda")
+        if (file := RESULTS / f"{name}.json").exists()
     }
-    readme = dict.fromkeys(("rows-cuda", "rows-cpu"), "")
+    readme = dict.fromkeys(("rows-cuda", "rows-cpu", "linear-cuda", "linear-cpu"), "")
+    linear_page = {"linear-accuracy": ""}
     page = dict.fromkeys(("decoupled-cuda", "decoupled-cpu"), "")
     if "rows-cpu" in results:
         cpu = results["rows-cpu"]
@@ -78,7 +121,15 @@ def document_blocks() -> dict[Path, dict[str, str]]:
         page["decoupled-cuda"] = report_decoupled.cuda(gpu, tuple(cases.ROWS))
         picture = "![rows on a GPU](benchmarks/results/rows-cuda.png)"
         readme["rows-cuda"] = _paragraphs(report_cuda.summary(gpu), report_decoupled.summary(gpu), picture)
-    return {ROOT / "README.md": readme, ROOT / "docs/decoupled.md": page}
+    if "linear-cpu" in results:
+        readme["linear-cpu"] = report_linear.cpu(results["linear-cpu"])
+    if "linear-cuda" in results:
+        gpu = results["linear-cuda"]
+        picture = "![time and memory from hidden states](benchmarks/results/linear-cuda.png)"
+        drawn = (RESULTS / "linear-cuda.png").exists()
+        readme["linear-cuda"] = _paragraphs(report_linear.summary(gpu), picture if drawn else "")
+        linear_page["linear-accuracy"] = report_linear.accuracy(gpu)
+    return {ROOT / "README.md": readme, ROOT / "docs/decoupled.md": page, ROOT / "docs/linear.md": linear_page}
 
 
 def _paragraphs(*parts: str) -> str:
@@ -184,10 +235,61 @@ def run_cuda(options: argparse.Namespace) -> None:
         unfinished.unlink()
 
 
+def write_linear(result: report.Result, folder: Path, name: str) -> None:
+    """The result files of a finished run of ``linear``; a plot where sizes were varied."""
+    report.save(result, folder / f"{name}.json")
+    (folder / f"{name}.md").write_text(report_linear.markdown(result) + "\n")
+    drawn = False
+    try:
+        drawn = report_linear.plot(result, folder / f"{name}.png")
+    except Exception as error:  # the figures are safe; no plot is no reason to lose them
+        print(f"no plot: {error}")
+    print(f"written: {folder / name}.json, .md{', .png' if drawn else ''}")
+
+
+def run_linear(options: argparse.Namespace) -> None:
+    on_gpu = torch.device(options.device).type == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch.cuda.is_available() is False")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    order = linear_cases.full() if on_gpu else linear_cases.cpu()
+    if options.quick:
+        order = linear_cases.quick() if on_gpu else linear_cases.cpu(rows=32, width=1000, hidden=64)
+    wanted = linear_cases.select(order, options.only)
+    if not wanted:
+        raise SystemExit(f"no case is named by --only {' '.join(options.only)}")
+    part = (options.only or options.without) and not options.merge
+    folder: Path | None = None if options.quick else options.output or (None if part else RESULTS)
+    name = f"linear-{torch.device(options.device).type}"
+    old = _to_merge_into(options, folder and folder / f"{name}.json")
+
+    def keep(result: report.Result) -> None:
+        if folder is not None:
+            report.save(result, folder / f"{name}.unfinished.json")
+
+    effort = replace(linear.FULL if on_gpu else linear.ON_CPU, minutes=options.minutes)
+    result = linear.run(
+        wanted, options.device, effort, words=options.only, without=options.without, commit=options.commit, keep=keep
+    )
+    if not on_gpu:
+        print(f"\n{report_linear.cpu(result)}")
+    print(f"\n{report_linear.markdown(result)}\n\n{result['seconds']:.0f} s")
+    if folder is not None:
+        titles = [case.title for case in order]
+        try:
+            write_linear(result if old is None else report_linear.merge(old, result, titles), folder, name)
+        except ValueError as error:
+            raise SystemExit(f"--merge: {error}") from error
+        (folder / f"{name}.unfinished.json").unlink()
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.command == "readme":
         write_documents()
+    elif options.command == "linear":
+        run_linear(options)
     elif torch.device(options.device).type == "cuda":
         run_cuda(options)
     else:

@@ -7,8 +7,6 @@ why. TRL's and fla's fused losses start from hidden states and are no peers here
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ import torch.nn.functional as F
 import kdkernels as kd
 from benchmarks.cases import Case, Field
 from benchmarks.inputs import Data
+from benchmarks.loading import load
 from benchmarks.losses import FAMILY
 from benchmarks.peers import EAGER, Loss, eager
 
@@ -73,21 +72,8 @@ def _liger(divergence: str, dtype: torch.dtype) -> Loss:
 def _speculators_module() -> ModuleType:
     """speculators' fused losses. Its packages import a serving stack first; the module alone needs only one function
     of them, whether this is an NPU."""
-    try:
-        return importlib.import_module("speculators.losses.fused")
-    except ImportError:
-        spec = importlib.util.find_spec("speculators")
-        if spec is None or not spec.submodule_search_locations:
-            raise
-    for name in [name for name in sys.modules if name == "speculators" or name.startswith("speculators.")]:
-        del sys.modules[name]
-    package, losses = ModuleType("speculators"), ModuleType("speculators.losses")
-    utils, util = ModuleType("speculators.utils"), ModuleType("speculators.utils.util")
-    folder = next(iter(spec.submodule_search_locations))
-    package.__path__, losses.__path__, utils.__path__ = [folder], [f"{folder}/losses"], []
-    util.__dict__["is_npu_available"] = lambda: False
-    sys.modules |= {module.__name__: module for module in (package, losses, utils, util)}
-    return importlib.import_module("speculators.losses.fused")
+    given = {"speculators.utils.util": {"is_npu_available": lambda: False}}
+    return load("speculators.losses.fused", given=given)
 
 
 def _speculators(divergence: str) -> Loss:

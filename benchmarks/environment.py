@@ -15,7 +15,7 @@ from kdkernels.backends import native
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PEER_PACKAGES = ("triton", "liger-kernel", "speculators", "trl")
+PEER_PACKAGES = ("triton", "liger-kernel", "speculators", "trl", "fla-core")
 
 
 def _processor() -> str:

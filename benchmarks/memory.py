@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,6 +15,12 @@ def _proc_status(field: str) -> int:
     match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert match is not None, field
     return int(match[1]) * 1024
+
+
+def _trim() -> None:
+    """Has the C library give freed memory back, which it keeps of blocks up to 32 MiB."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_above_now(call: Callable[[], object], device: str = "cpu") -> int | None:
@@ -27,6 +35,7 @@ def peak_above_now(call: Callable[[], object], device: str = "cpu") -> int | Non
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    _trim()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

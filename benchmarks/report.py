@@ -23,8 +23,10 @@ def load(path: Path) -> Result:
 
 
 def title(entry: Entry) -> str:
+    if "title" in entry:
+        return str(entry["title"])
     case = entry["case"]
-    return str(entry.get("title") or f"{case['divergence']}, {case['dtype']}, {case['rows']} × {case['width']}")
+    return f"{case['divergence']}, {case['dtype']}, {case['rows']} × {case['width']}"
 
 
 def measured_on(environment: dict[str, str]) -> str:
@@ -59,21 +61,34 @@ def merge(old: Result, new: Result, order: Sequence[str]) -> Result:
     Raises:
         ValueError: they were measured on different devices.
     """
-    if old["environment"]["device"] != new["environment"]["device"]:
-        devices = f"{new['environment']['device']} into one of {old['environment']['device']}"
-        raise ValueError(f"a result of {devices} cannot be merged")
+    check_same_device(old, new)
     names = {title(entry) for entry in new["results"]}
     kept = [entry for entry in old["results"] if title(entry) not in names]
     if not kept:
         return new
-    before, now = old["environment"], new["environment"]
-    differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    run: dict[str, Any] = {"environment": {key: now.get(key, "none") for key in differing}}
+    run = differing(old, new)
     run |= {key: new[key] for key in ("copy", "effort", "rounds") if key in new and new[key] != old.get(key)}
     places = {name: place for place, name in enumerate(order)}
     entries = [*kept, *({**entry, "run": run} for entry in new["results"])]
     entries.sort(key=lambda entry: places.get(title(entry), len(places)))
     return {**old, **{key: new[key] for key in ("inputs", "timing") if key in new}, "results": entries}
+
+
+def check_same_device(old: Result, new: Result) -> None:
+    """
+    Raises:
+        ValueError: the results are of different devices.
+    """
+    if old["environment"]["device"] != new["environment"]["device"]:
+        devices = f"{new['environment']['device']} into one of {old['environment']['device']}"
+        raise ValueError(f"a result of {devices} cannot be merged")
+
+
+def differing(old: Result, new: Result) -> dict[str, Any]:
+    """What of the environment of ``new``'s run differs from ``old``'s."""
+    before, now = old["environment"], new["environment"]
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return {"environment": {key: now.get(key, "none") for key in keys}}
 
 
 def markdown(result: Result) -> str:

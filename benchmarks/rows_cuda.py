@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,6 +16,7 @@ import kdkernels as kd
 from benchmarks.cases import Case
 from benchmarks.contenders import IN_PLACE, Contender, contenders
 from benchmarks.environment import describe
+from benchmarks.guard import release, said
 from benchmarks.inputs import DESCRIPTION, Data, draw
 from benchmarks.memory import peak_above_now
 from benchmarks.peers import Loss
@@ -129,18 +128,6 @@ def exact_loss(case: Case, data: Data) -> float:
     return float(torch.stack(losses).sum()) / case.rows
 
 
-def _said(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
-
-
-def _release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        with suppress(Exception):
-            torch.cuda.empty_cache()
-
-
 def _entrants(case: Case, data: Data, without: tuple[str, ...]) -> list[tuple[str, Contender, Data]]:
     found = [(contender.name, contender, data) for contender in contenders(case, without)]
     if case.kind == "view":
@@ -175,7 +162,7 @@ def measure(case: Case, device: str, effort: Effort, without: tuple[str, ...] = 
                 pace = max(1e-3, statistics.median(queued(job.run, device, 1, job.before)))
             jobs[len(lines) - 1] = contender, job, max(3, min(effort.most, int(1e3 * effort.seconds / pace)))
         except Exception as error:
-            line["error"] = _said(error)
+            line["error"] = said(error)
         inputs.student.grad = None
     _take_turns(jobs, lines, device, effort)
     return lines
@@ -208,7 +195,7 @@ def _take_turns(
                 with contender.context():
                     times[number] += queued(job.run, device, count, job.before)
             except Exception as error:
-                lines[number]["error"] = _said(error)
+                lines[number]["error"] = said(error)
     for number, values in times.items():
         if values and "error" not in lines[number]:
             low, high = torch.tensor(values).quantile(torch.tensor([0.25, 0.75])).tolist()
@@ -247,9 +234,9 @@ def measure_small(case: Case, device: str, effort: Effort, without: tuple[str, .
                 line["milliseconds"] = statistics.median(walls)
                 line |= _under_a_graph(runs, data, device, effort)
         except Exception as error:
-            line["error"] = _said(error)
+            line["error"] = said(error)
         del data
-        _release()
+        release()
     return lines
 
 
@@ -261,7 +248,7 @@ def _under_a_graph(runs: Sequence[Call], data: Sequence[Data], device: str, effo
     try:
         return {"graph_ms": captured(runs, effort.most)}
     except Exception as error:
-        return {"graph_ms": None, "graph_error": _said(error)}
+        return {"graph_ms": None, "graph_error": said(error)}
 
 
 def copy_speed(device: str, effort: Effort) -> float:
@@ -315,12 +302,12 @@ def run(
     }
 
     def time_a_copy() -> None:
-        _release()
+        release()
         try:
             result["copy"]["bytes_per_second"].append(copy_speed(device, effort))
         except Exception as error:
-            result["copy"]["error"] = _said(error)
-        _release()
+            result["copy"]["error"] = said(error)
+        release()
 
     width = None
     for case in cases:
@@ -334,8 +321,8 @@ def run(
             chosen = measure_small if case.kind == "small" else measure
             entry["rows"] = chosen(case, device, effort, without)
         except Exception as error:
-            entry["error"] = _said(error)
-        _release()
+            entry["error"] = said(error)
+        release()
         _progress(case.title, entry, started)
         add_limits(result)
         keep(result)

@@ -94,6 +94,7 @@ struct RowProblem {
   double temperature = 1;
   const int64_t* labels = nullptr;  // one per row, where they are read; outside [0, vocab_size): the row is NaN
   bool scale_gradient = true;       // false: row_scale multiplies the loss alone (the caller scales the gradient)
+  DType gradient_dtype = DType::float32;  // the student's; on a GPU, bfloat16 or float16 too where that is float32
 
   // Numbers per row are double where the student is float64, else float.
   const void* temperatures = nullptr;  // (rows), replaces temperature; may be null
@@ -103,7 +104,7 @@ struct RowProblem {
   // (4, rows): student lse, teacher lse, divergence, cross-entropy; decoupled (9, rows): also BCD, SCD, WCD, the
   // teacher's and the student's mass of S.
   void* stats = nullptr;
-  void* gradient = nullptr;  // null: none wanted. dtype of the student; may be the student's own memory
+  void* gradient = nullptr;  // null: none wanted. May be the student's own memory, if it has the student's dtype
   RowLayout gradient_rows;
 
   KD_INLINE bool with_ce() const { return ce_weight != 0; }

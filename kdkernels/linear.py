@@ -155,7 +155,7 @@ def _fused(a: LinearArguments, backend: str, compact: bool) -> tuple[Tensor, Ten
         tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
         for tensor in (a.hidden, a.weight, a.bias)
     ]
-    loss, stats, *_ = ops.linear_loss(
+    tensors = (
         a.hidden,
         a.weight,
         a.bias,
@@ -167,6 +167,8 @@ def _fused(a: LinearArguments, backend: str, compact: bool) -> tuple[Tensor, Ten
         temperatures(a.rows, scale),
         term_weights(a.rows, scale),
         strong_mask(a.rows),
+    )
+    settings = (
         backend,
         *ops.packed(options),
         a.compute_dtype,
@@ -177,4 +179,8 @@ def _fused(a: LinearArguments, backend: str, compact: bool) -> tuple[Tensor, Ten
         formed,
         True,
     )
+    if ops.plain_eager(*tensors):
+        loss, stats = ops.eager_linear_loss(*tensors, *settings)
+    else:
+        loss, stats, *_ = ops.linear_loss(*tensors, *settings)
     return loss if factor is None else loss * factor, stats

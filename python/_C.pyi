@@ -48,6 +48,7 @@ class RowProblem:
         loss: int,
         stats: int,
         gradient: int,
+        gradient_dtype: int,
         gradient_sizes: Sequence[int],
         gradient_strides: Sequence[int],
     ) -> None: ...

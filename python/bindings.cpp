@@ -50,8 +50,8 @@ kd::RowProblem row_problem(const kd::Logits& student, const kd::Logits& teacher,
                            const std::vector<int64_t>& mask_strides, double kd_weight, double ce_weight,
                            bool scale_by_temperature, double temperature, std::uintptr_t temperatures,
                            std::uintptr_t labels, std::uintptr_t row_scale, bool scale_gradient, std::uintptr_t loss,
-                           std::uintptr_t stats, std::uintptr_t gradient, const std::vector<int64_t>& gradient_sizes,
-                           const std::vector<int64_t>& gradient_strides) {
+                           std::uintptr_t stats, std::uintptr_t gradient, int gradient_dtype,
+                           const std::vector<int64_t>& gradient_sizes, const std::vector<int64_t>& gradient_strides) {
   if (parameters.size() > 4) throw std::invalid_argument("a divergence has up to 4 parameters");
   if (divergence < 0 || divergence > int(kd::DivergenceId::adaptive_kl))
     throw std::invalid_argument("unknown divergence id " + std::to_string(divergence));
@@ -78,6 +78,7 @@ kd::RowProblem row_problem(const kd::Logits& student, const kd::Logits& teacher,
   p.loss = pointer(loss);
   p.stats = pointer(stats);
   p.gradient = pointer(gradient);
+  p.gradient_dtype = dtype_from(gradient_dtype);
   p.gradient_rows = layout(gradient_sizes, gradient_strides);
   return p;
 }
@@ -128,7 +129,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("strong"), py::arg("strong_amount"), py::arg("mask"), py::arg("mask_sizes"), py::arg("mask_strides"),
            py::arg("kd_weight"), py::arg("ce_weight"), py::arg("scale_by_temperature"), py::arg("temperature"), py::arg("temperatures"),
            py::arg("labels"), py::arg("row_scale"), py::arg("scale_gradient"), py::arg("loss"), py::arg("stats"),
-           py::arg("gradient"), py::arg("gradient_sizes"), py::arg("gradient_strides"));
+           py::arg("gradient"), py::arg("gradient_dtype"), py::arg("gradient_sizes"), py::arg("gradient_strides"));
 #ifdef KD_CUDA
   m.attr("cuda") = py::bool_(true);
   m.def("cuda_why_not", &kd::cuda::why_not, py::arg("device"));

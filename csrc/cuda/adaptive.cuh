@@ -117,7 +117,7 @@ class AdaptiveSweep : public SplitSweep<T, Split::top_p, RowSweep<T, AdaptiveKL>
 
   __device__ __forceinline__ void middle(InFlight& at) {
     if constexpr (kFar)
-      if (this->enter(at).scale != 0) at.sums = far_sums(at);
+      if (this->enter(at).scale != 0 && short_forms<T>(problem_)) at.sums = far_sums(at);
   }
 
   __device__ __forceinline__ int start(InFlight& at, uint32_t row) {
@@ -131,7 +131,7 @@ class AdaptiveSweep : public SplitSweep<T, Split::top_p, RowSweep<T, AdaptiveKL>
 
   __device__ __forceinline__ void finish(const InFlight& at, uint32_t row) {
     const RowHeader& header = this->enter(at);
-    T* gradient = p_.gradient ? static_cast<T*>(p_.gradient) + header.gradient : nullptr;
+    const GradientRow<T> gradient = gradient_row<T>(p_, header.gradient);
     const int chunks = header.chunks;
     if (header.scale == 0) {
       if (rank_ == 0 && threadIdx.x == 0) Totals::write_report(p_, row, 0, 0, 0, 0, 0);
@@ -166,7 +166,7 @@ class AdaptiveSweep : public SplitSweep<T, Split::top_p, RowSweep<T, AdaptiveKL>
   }
 
   static __device__ __noinline__ typename Base::Apart everywhere_apart(AdaptiveSweep self, InFlight at, float temperature,
-                                                                       T* gradient) {
+                                                                       GradientRow<T> gradient) {
     const bool released = self.run_everywhere(at, temperature, gradient);
     return {self.exchange_.count, released};
   }
@@ -199,7 +199,7 @@ class AdaptiveSweep : public SplitSweep<T, Split::top_p, RowSweep<T, AdaptiveKL>
   }
 
   // Whether it released the row's slots. See RowSweep::run_everywhere.
-  __device__ __forceinline__ bool run_everywhere(const InFlight& at, float temperature, T* gradient) {
+  __device__ __forceinline__ bool run_everywhere(const InFlight& at, float temperature, GradientRow<T> gradient) {
     const RowNumbers& n = row_numbers(exchange_.memory, at.buffer());
     const float folded_ce = n.folded_ce;
     kd_ = n.kd, this->ce_ = n.ce, hard_factor_ = n.hard_factor, this->hard_reference_ = n.student_reference;
@@ -242,7 +242,7 @@ class AdaptiveSweep : public SplitSweep<T, Split::top_p, RowSweep<T, AdaptiveKL>
     exchange_.sums(value, true, at.buffer());
     if (!gradient) return false;
     const float by_q = fmaf(-kd_ * of_reverse, value[1], folded_ce);
-    T* out = gradient - low_;
+    const GradientRow<T> out = gradient - low_;
     this->template sweep<false, true>(
         [&]<bool Special>(uint4 s, uint4 t, int column) {
           float x[G], y[G], g[G];

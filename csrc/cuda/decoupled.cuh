@@ -56,7 +56,7 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL, Kind ==
 
   __device__ __forceinline__ void finish(const InFlight& at, uint32_t row) {
     const RowHeader& header = this->enter(at);
-    T* gradient = p_.gradient ? static_cast<T*>(p_.gradient) + header.gradient : nullptr;
+    const GradientRow<T> gradient = gradient_row<T>(p_, header.gradient);
     const int chunks = header.chunks;
     if (header.scale == 0) {
       if (rank_ == 0 && threadIdx.x == 0) {
@@ -93,7 +93,7 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL, Kind ==
 
   template <bool OwnReferences>
   static __device__ __noinline__ typename Base::Apart everywhere_apart(DecoupledSweep self, InFlight at, float temperature,
-                                                                       T* gradient) {
+                                                                       GradientRow<T> gradient) {
     const bool released = self.template run_everywhere<OwnReferences>(at, temperature, gradient);
     return {self.exchange_.count, released};
   }
@@ -195,10 +195,10 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL, Kind ==
     return exchange_.post({Wanted::statistics, at.buffer(), false, at.slot(), row});
   }
 
-  __device__ __forceinline__ void far_gradient(const DecoupledNumbers& n, T* gradient) {
+  __device__ __forceinline__ void far_gradient(const DecoupledNumbers& n, GradientRow<T> gradient) {
     const FarRow<Math> row = {scale_, n.student_lse, n.teacher_lse, 0};
     const float strong_q = n.by_q[kStrong], strong_p = n.by_p[kStrong], weak_q = n.by_q[kWeak], weak_p = n.by_p[kWeak];
-    T* out = gradient - low_;
+    const GradientRow<T> out = gradient - low_;
     // The label's column in its special form; with cross-entropy it is the same one.
     this->template sweep<false, true>(
         [&]<bool Special>(uint4 s, uint4 t, int column) {
@@ -327,7 +327,7 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL, Kind ==
 
   // Whether it released the row's slots.
   template <bool OwnReferences>
-  __device__ __forceinline__ bool run_everywhere(const InFlight& at, float temperature, T* gradient) {
+  __device__ __forceinline__ bool run_everywhere(const InFlight& at, float temperature, GradientRow<T> gradient) {
     DecoupledNumbers& n = decoupled_numbers(exchange_.memory, at.buffer());
     const float inv_temperature = reciprocal(temperature), folded_ce = n.folded_ce;
     float a[2] = {n.student_reference, n.student_reference}, b[2] = {n.teacher_reference, n.teacher_reference};
@@ -373,7 +373,7 @@ class DecoupledSweep : public SplitSweep<T, Kind, RowSweep<T, ForwardKL, Kind ==
                            fmaf(folded_ce, m.student_weak, kd_ * of_weak.student)};
     const ForwardKL<Math> divergence(p_.parameters, {});
     float v[4] = {0, 0, 0, 0};
-    T* out = gradient ? gradient - low_ : nullptr;
+    const GradientRow<T> out = gradient ? gradient - low_ : GradientRow<T>{};
     auto block = [&]<bool Special>(uint4 s, uint4 t, int column) {
       float x[G], y[G], g[G];
       this->template load<Special>(s, t, column, -__builtin_inff(), x, y);

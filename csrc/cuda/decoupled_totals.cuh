@@ -214,7 +214,7 @@ class DecoupledTotals : public Totals<T, ForwardKL> {
     n.sets_apart = apart;
     n.turn = good ? Turn::everywhere : Turn::nan;
     if constexpr (Base::kFar)
-      if (good && !apart) {
+      if (good && !apart && short_forms<T>(problem_)) {
         // Plain differences, which models far apart allow.
         const float inv_student = reciprocal(student), inv_teacher = reciprocal(teacher), whole_gap = log_ratio(of_teacher, of_student);
         SetMasses<float> m;

@@ -5,7 +5,7 @@
 // share is counted from there, so that rows of any width are copied and stored 16 bytes at a time.
 #pragma once
 #include "../rows.h"
-#include "group.cuh"
+#include "gradient.cuh"
 #include "ptx.cuh"
 
 namespace kdkernels::cuda {
@@ -22,6 +22,7 @@ struct ClusterProblem {
   float kd_weight, ce_weight, temperature, parameters[4], strong_amount;
   bool with_ce, reads_labels, scale_by_temperature, scale_gradient;
   int ahead;  // rows that the ring holds beside the one at hand
+  bool short_forms;  // those of far.h will do: the gradient is rounded to 16 bits
 };
 
 // Row numbers fit 32 bits here, and dividing by 32-bit numbers is what a GPU can afford.

@@ -130,7 +130,8 @@ const void* end_of(const Logits& logits) {
   return static_cast<const char*>(logits.data) + last * bytes_per_element(logits.dtype);
 }
 
-// Rows lie alike within 16 bytes: the offset of each row from a 16-byte boundary, as far as it can be told.
+// How rows lie within groups of columns, 16 bytes of logits: each row's columns after a group's boundary, as far as it can
+// be told.
 struct Alignment {
   int64_t base;
   int dims;
@@ -138,8 +139,7 @@ struct Alignment {
   bool constant;  // the same for every row
 };
 
-Alignment alignment(const void* data, const RowLayout& rows, int64_t bytes) {
-  const int64_t g = 16 / bytes;
+Alignment alignment(const void* data, const RowLayout& rows, int64_t bytes, int64_t g) {
   Alignment a{int64_t(reinterpret_cast<uintptr_t>(data) / uintptr_t(bytes)) % g, rows.dims, {}, {}, true};
   for (int i = 0; i < rows.dims; i++) {
     a.size[i] = rows.size[i], a.stride[i] = rows.stride[i] % g;
@@ -167,15 +167,19 @@ std::string why_not(int device) {
 std::string why_not_rows(const RowProblem& p) {
   if (p.student.dtype != p.teacher.dtype) return "student and teacher logits differ in dtype";
   if (p.student.dtype == DType::float64) return "float64 logits";
+  const bool narrows = p.student.dtype == DType::float32 && bytes_per_element(p.gradient_dtype) == 2;
+  if (has_gradient(p) && p.gradient_dtype != p.student.dtype && !narrows)
+    return "a gradient that has not the student logits' dtype, nor 16 bits where they are float32";
   if (!p.student.transform.identity() || !p.teacher.transform.identity()) return "logit scales and softcaps";
   if (p.rows >= int64_t(1) << 31 || p.student.width >= int64_t(1) << 30) return "2^31 rows or 2^30 columns and more";
   const int64_t bytes = bytes_per_element(p.student.dtype);
-  const Alignment student = alignment(p.student.data, p.student.rows, bytes);
-  if (!alike(student, alignment(p.teacher.data, p.teacher.rows, bytes)) ||
-      (has_gradient(p) && !alike(student, alignment(p.gradient, p.gradient_rows, bytes))))
+  const int64_t of_gradient = bytes_per_element(p.gradient_dtype), g = group(p);
+  const Alignment student = alignment(p.student.data, p.student.rows, bytes, g);
+  if (!alike(student, alignment(p.teacher.data, p.teacher.rows, bytes, g)) ||
+      (has_gradient(p) && !alike(student, alignment(p.gradient, p.gradient_rows, of_gradient, g))))
     return "rows of student, teacher and gradient lie differently within 16 bytes";
   if (p.strong.mask) {
-    const Alignment mask = alignment(p.strong.mask, p.strong.mask_rows, 1);
+    const Alignment mask = alignment(p.strong.mask, p.strong.mask_rows, 1, 16);
     if (!student.constant || student.base != 0 || !mask.constant || mask.base != 0 || p.vocab_size % 16 != 0)
       return "a mask whose rows, or logits whose rows, do not lie at multiples of 16 bytes";
   }
@@ -267,7 +271,7 @@ void row_loss(const RowProblem& p, const Plan& plan, void* stream) {
                          slots(d, p, plan), float(p.kd_weight), float(p.ce_weight), float(p.temperature),
                          {float(p.parameters[0]), float(p.parameters[1]), float(p.parameters[2]), float(p.parameters[3])},
                          float(p.strong.amount), p.with_ce(), p.reads_labels(), p.scale_by_temperature,
-                         p.scale_gradient, plan.ahead};
+                         p.scale_gradient, plan.ahead, has_gradient(p) && bytes_per_element(p.gradient_dtype) == 2};
   const void* kernel = kernel_of(p);
 
   cudaLaunchAttribute cluster{};

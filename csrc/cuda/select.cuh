@@ -61,6 +61,18 @@ struct Window {
   // Whether numbers lie above the exact part, and from which value on.
   __device__ bool bounded() const { return low < kBeyondImages - (uint32_t(kExact) << kSpareBits<T>); }
   __device__ uint32_t middle_image() const { return low + (uint32_t(kExact) << kSpareBits<T>); }
+  // Of a value in the coarse part. Rounding and all, larger values have no smaller interval.
+  static __device__ __forceinline__ int interval(float y, float coarse, float inv_width) {
+    return min(kCoarse - 1, int((y - coarse) * inv_width));
+  }
+  // The least value of an interval but the first; NaN where it is not found.
+  __device__ float begin_of(int n) const {
+    uint32_t image = image_of(coarse + n / inv_width) - 32;  // rounding moves it by less, but for a far-off window
+    if (interval(value_of(image), coarse, inv_width) >= n) return __builtin_nanf("");
+    for (int i = 0; i < 64; i++)
+      if (interval(value_of(++image), coarse, inv_width) == n) return value_of(image);
+    return __builtin_nanf("");
+  }
   __device__ float middle() const { return bounded() ? value_at<T>(middle_image()) : __builtin_nanf(""); }
 };
 
@@ -96,7 +108,8 @@ __device__ __forceinline__ bool by_mass(const RowProblem& p) { return p.strong.i
 template <class T>
 class Scout {
   using Math = FloatMath;
-  static constexpr int G = kGroup<T>, kVectors = 4;  // a lane's sample: as many pieces of 16 bytes
+  // A lane's sample: as many pieces of 16 bytes.
+  static constexpr int G = kGroup<T>, kVectors = kSpareBits<T> ? 4 : 8;
 
  public:
   __device__ Scout(const ClusterProblem& problem, SelectMemory<T>* memory, int lane)
@@ -205,6 +218,14 @@ class Scout {
     }
     low_bin = __reduce_min_sync(kAllLanes, low_bin);
     const float low = low_bin == kScoutBins ? bottom : top - (low_bin + 1) / step;
+    if constexpr (kSpareBits<T> == 0)
+      if (!mass) {
+        // So many images lie between that values must do: from `low` to where the sample's tail, taken for an exponential
+        // one, would have a third of what is asked for.
+        const float share = whole ? 1 : float(pieces * G) / columns, tail = (top - low) / logf(fmaxf(2, enough));
+        const float upper = top + tail * fmaxf(0, 1 - logf(fmaxf(amount_ * share, 1e-6f)));
+        return Window<T>::at(max(rounded_image<T>(low), kLeastImage<T>), -__builtin_inff(), (upper - low) / kCoarse, top);
+      }
     return Window<T>::at(max(rounded_image<T>(low), kLeastImage<T>), top, width, top);
   }
 
@@ -324,16 +345,23 @@ class SelectTotals {
     }
     over += (coarse ? 0 : above) - mine;
     int bin = -1;
+    bool just = false;  // what lies in that interval and above is as many as asked for
 #pragma unroll
     for (int i = kEach - 1; i >= 0; i--) {
       over += held[i];
-      if (bin < 0 && over >= target) bin = lane_ % 16 * kEach + i;
+      if (bin < 0 && over >= target) bin = lane_ % 16 * kEach + i, just = over == target;
     }
     const int exact_bin = __reduce_max_sync(kAllLanes, coarse ? -1 : bin);
     const int coarse_bin = __reduce_max_sync(kAllLanes, coarse ? bin : -1);
 
     float from = again, to = again;  // a guess
     if (above >= target) {
+      if constexpr (!kMass && kSpareBits<T> == 0) {
+        // Then the interval begins at a threshold as good as the least value in it.
+        const bool done = __any_sync(kAllLanes, coarse && bin > 0 && bin == coarse_bin && just);
+        const float begin = done ? window_.begin_of(coarse_bin) : again;
+        if (begin == begin) return begin;
+      }
       least_ = max(least_, window_.middle_image());
       if (window_.coarse < infinity && width > 0) {
         from = coarse_bin < 0 ? value_at<T>(least_) : window_.coarse + (coarse_bin - 1) * width;

@@ -32,7 +32,7 @@ class RowSweep {
       uint32_t parity = now.parity;
       if (after >= ring_.count) after -= ring_.count, parity ^= 1;
       if constexpr (kFar && !FarD::from_kl)
-        if (now.counts) now.sums = far_sums(now);
+        if (now.counts && short_forms<T>(problem_)) now.sums = far_sums(now);
       const bool more = row + row_step < rows;
       if (more && problem_.ahead) next = begin(row + row_step, after, parity, now.buffer ^ 1);
       finish(row, now);
@@ -75,7 +75,7 @@ class RowSweep {
 
   __device__ __forceinline__ void finish(uint32_t row, const InFlight& at) {
     const RowHeader& header = enter(at);
-    T* gradient = p_.gradient ? static_cast<T*>(p_.gradient) + header.gradient : nullptr;
+    const GradientRow<T> gradient = gradient_row<T>(p_, header.gradient);
     if (!at.counts) {
       if (rank_ == 0 && threadIdx.x == 0) Totals<T, Divergence>::write_report(p_, row, 0, 0, 0, 0, 0);
       if (gradient) fill(gradient, 0, int(p_.student.width), 0.0f);
@@ -180,19 +180,19 @@ class RowSweep {
   }
 
   // Columns [begin, end) of a gradient row, by the whole cluster.
-  __device__ void fill(T* row, int begin, int end, float with) const {
+  __device__ void fill(GradientRow<T> row, int begin, int end, float with) const {
     if (begin >= end) return;
     const int phase = phase_of(row + begin), n = end - begin + phase;
-    T* base = row + begin - phase;
+    const GradientRow<T> base = row + begin - phase;
     float g[G];
 #pragma unroll
     for (int i = 0; i < G; i++) g[i] = with;
     for (int at = rank_ * int(step_) + int(mine_); at < n; at += blocks_ * int(step_)) {
       if (at >= phase && at + G <= n) {
-        store(base + at, g);
+        store(base, at, g);
       } else {
         for (int i = 0; i < G; i++)
-          if (at + i >= phase && at + i < n) base[at + i] = narrow<T>(with);
+          if (at + i >= phase && at + i < n) store_one(base, at + i, with);
       }
     }
   }
@@ -202,7 +202,7 @@ class RowSweep {
     int exchanges;
     bool released;
   };
-  static __device__ __noinline__ Apart everywhere_apart(RowSweep self, InFlight at, float temperature, T* gradient) {
+  static __device__ __noinline__ Apart everywhere_apart(RowSweep self, InFlight at, float temperature, GradientRow<T> gradient) {
     const bool released = self.run_everywhere(at, temperature, gradient);
     return {self.exchange_.count, released};
   }
@@ -351,11 +351,11 @@ class RowSweep {
     return exchange_.template post_sums<4>(warp_sums(v, exchange_.lane), request);
   }
 
-  __device__ __forceinline__ void far_gradient(const RowNumbers& n, T* gradient) {
+  __device__ __forceinline__ void far_gradient(const RowNumbers& n, GradientRow<T> gradient) {
     const FarD far = far_of(n);
     const FarRow<Math> row = far_row(n);
     kd_ = n.kd, ce_ = n.ce, hard_factor_ = n.hard_factor, hard_reference_ = n.student_reference;
-    T* out = gradient - low_;
+    const GradientRow<T> out = gradient - low_;
     sweep<false, true>(
         [&]<bool Special>(uint4 s, uint4 t, int column) {
           float x[G], y[G], g[G];
@@ -369,9 +369,9 @@ class RowSweep {
 
   // Adds what is not the divergence's, and stores.
   template <bool Special>
-  __device__ __forceinline__ void write(T* out, int column, const float (&x)[G], float (&g)[G]) const {
+  __device__ __forceinline__ void write(const GradientRow<T>& out, int column, const float (&x)[G], float (&g)[G]) const {
     if constexpr (!Special) {
-      store(out + column, g);
+      store(out, column, g);
     } else {
       if (kd_ == 0) {  // no divergence in the gradient, not even as 0·inf
 #pragma unroll
@@ -388,18 +388,18 @@ class RowSweep {
           if (column + i == label_) g[i] -= ce_;
       }
       if (!edge(column)) {
-        store(out + column, g);
+        store(out, column, g);
       } else {
 #pragma unroll
         for (int i = 0; i < G; i++)
-          if (column + i >= low_ && column + i < limit_) out[column + i] = narrow<T>(g[i]);
+          if (column + i >= low_ && column + i < limit_) store_one(out, column + i, g[i]);
       }
     }
   }
 
   // ---- Any models: the forms of pointwise.h, accurate relative to the divergence however small it is.
   // Whether it released the row's slots.
-  __device__ __forceinline__ bool run_everywhere(const InFlight& at, float temperature, T* gradient) {
+  __device__ __forceinline__ bool run_everywhere(const InFlight& at, float temperature, GradientRow<T> gradient) {
     const RowNumbers& n = row_numbers(exchange_.memory, at.buffer);
     const float inv_temperature = reciprocal(temperature), folded_ce = n.folded_ce;
     kd_ = n.kd, ce_ = n.ce, hard_factor_ = n.hard_factor, hard_reference_ = n.student_reference;
@@ -430,7 +430,7 @@ class RowSweep {
     }
     if (gradient) {
       const float by_q = fmaf(-kd_, mean_slope, folded_ce);
-      T* out = gradient - low_;
+      const GradientRow<T> out = gradient - low_;
       float v[1] = {0};
       sweep<false, true>(
           [&]<bool Special>(uint4 s, uint4 t, int column) {

@@ -33,6 +33,12 @@ __device__ inline float reciprocal(float x) {
 
 __device__ inline bool is_positive_finite(float x) { return x > 0 && x < __builtin_inff(); }
 
+// Short forms leave about 1e-7 of the probabilities in a gradient: nothing in 16 bits, too much in 32.
+template <class T>
+__device__ __forceinline__ bool short_forms(const ClusterProblem& problem) {
+  return sizeof(T) == 2 || problem.short_forms;
+}
+
 // What comes of a row's first sweep. References are whole numbers near the largest logits, so that their differences are
 // exact.
 enum class Turn : int { nan, far, everywhere };
@@ -74,8 +80,7 @@ class Totals {
   using FarD = Far<Divergence, Math>;
 
  public:
-  // Short forms leave about 1e-7 of the probabilities in a gradient: nothing in 16 bits, too much in 32.
-  static constexpr bool kFar = FarD::exists && sizeof(T) == 2;
+  static constexpr bool kFar = FarD::exists;
 
   __device__ Totals(const ClusterProblem& problem, const Ring<T>& ring, ExchangeMemory* memory, int blocks, int rank, int warps, int lane)
       : problem_(problem), p_(problem.rows), headers_(ring.headers), memory_(memory), far_(problem.parameters), blocks_(blocks), rank_(rank),
@@ -258,7 +263,7 @@ class Totals {
     if constexpr (kFar) {
       n.gap = fmaf(max_gap, k, n.gap_of_logs * kLog2Ef);
       // A NaN, of a column that is -inf in both models, fails the comparison.
-      bool apart = n.forward_kl > 0.1f && n.forward_kl < 1e30f && fabsf(n.gap) < 24 && far_.serves();
+      bool apart = short_forms<T>(problem_) && n.forward_kl > 0.1f && n.forward_kl < 1e30f && fabsf(n.gap) < 24 && far_.serves();
       if constexpr (FarD::from_kl) apart = apart && far_.value(n.forward_kl, n.reverse_kl) >= far_.floor();
       // One token with nearly all of the student's mass: its slope and the sum of the slopes nearly cancel.
       const bool sure = FarD::cancels_at_top && sums.extra > 0.9f * sums.student;

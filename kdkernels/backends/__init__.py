@@ -112,6 +112,9 @@ def row_loss(
 ) -> None:
     """The row sweep, by the backend asked for, or for :data:`AUTO` by the first that can serve these very tensors.
 
+    The gradient has the student's dtype; of fp32 logits it can be bfloat16 or float16 too, which is the fp32 gradient
+    rounded once (see ``narrows`` of each backend), in memory of its own. The statistics and the loss do not change.
+
     Raises:
         RuntimeError: none can, or the one asked for cannot.
     """

@@ -125,8 +125,18 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def narrows(device: torch.device) -> bool:
-    """Whether a sweep of fp32 logits can write its gradient in 16 bits."""
+    """Whether a sweep of fp32 logits on ``device`` can write its gradient in 16 bits."""
     return device.type == "cuda"
+
+
+def why_not_gradient(student: Tensor, gradient: Tensor | None) -> str | None:
+    """Why no sweep forms a gradient of this dtype; None where the dtypes do."""
+    if gradient is None or gradient.dtype == student.dtype:
+        return None
+    if student.dtype == torch.float32 and gradient.dtype in (torch.bfloat16, torch.float16):
+        return None
+    dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in (student, gradient)]
+    return f"the gradient of {dtypes[0]} logits is {dtypes[1]}; expected their dtype, or 16 bits where that is float32"
 
 
 def empty_gradient(student: Tensor) -> Tensor:
@@ -179,7 +189,7 @@ def row_loss(
     weights: Tensor | None,  # (3,) as row_scale: a decoupled divergence's
     mask: Tensor | None,  # (V,) or (..., V) bool: its strong set, where that is given
     options: RowOptions,
-    gradient: Tensor | None,  # (..., V_s), written; may be the student itself
+    gradient: Tensor | None,  # (..., V_s), written; may be the student itself; of 16 bits too where that is fp32
     loss: Tensor,  # (...) as row_scale, written
     stats: Tensor,  # (4 or 9, ...) as row_scale, written
 ) -> str | None:
@@ -189,6 +199,11 @@ def row_loss(
         None; or, with nothing written, why these tensors cannot be served.
     """
     kernels = _built()
+    reason = why_not_gradient(student, gradient)
+    if reason is not None:
+        return reason
+    if gradient is not None and gradient.dtype != student.dtype and not narrows(student.device):
+        return "on the CPU the gradient of float32 logits is float32"
     given, student, teacher = student, _few_dims(student), _few_dims(teacher)
     target = student if gradient is given else gradient
     labels = None if labels is None else labels.contiguous()
@@ -220,6 +235,7 @@ def row_loss(
         loss=loss.data_ptr(),
         stats=stats.data_ptr(),
         gradient=_address(target),
+        gradient_dtype=DTYPE_CODES[student.dtype if target is None else target.dtype],
         gradient_sizes=gradient_sizes,
         gradient_strides=gradient_strides,
     )

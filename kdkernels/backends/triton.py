@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.backends.native import RowOptions
+from kdkernels.backends.native import RowOptions, why_not_gradient
 
 _import_error = ""
 try:
@@ -51,7 +51,7 @@ def why_not(device: torch.device | None = None) -> str | None:
 
 
 def narrows(device: torch.device) -> bool:
-    """Whether a sweep of fp32 logits can write its gradient in 16 bits."""
+    """Whether a sweep of fp32 logits on ``device`` can write its gradient in 16 bits."""
     return True
 
 
@@ -85,12 +85,14 @@ def _padded(numbers: list[int], fill: int) -> list[int]:
 
 def _alignment(tensors: list[Tensor], strides: list[list[int]], vocab_size: int) -> tuple[str, int]:
     """How rows lie to 16 bytes (see Plan), and how many columns after that the first one starts."""
-    starts = {tensor.data_ptr() % 16 // tensor.element_size() for tensor in tensors}
     # An fp32 tensor's 8 columns are 32 bytes; 16 are as good.
+    groups = [16 // tensor.element_size() for tensor in tensors]
+    starts = [tensor.data_ptr() % 16 // tensor.element_size() for tensor in tensors]
+    start = max(starts)
+    alike = all(start % group == own for group, own in zip(groups, starts, strict=True))
     fits = {tuple(stride % LANE_COLUMNS for stride in of) for of in strides}
-    if len(starts) > 1 or len(fits) > 1 or any(tensor.data_ptr() % tensor.element_size() for tensor in tensors):
+    if not alike or len(fits) > 1 or any(tensor.data_ptr() % tensor.element_size() for tensor in tensors):
         return "none", 0
-    start = starts.pop()
     # 16, not 8: that is what Triton looks for in vocab_size by itself.
     aligned = start == 0 and not any(fits.pop()) and vocab_size % 16 == 0
     return ("aligned", 0) if aligned else ("shifted", start)
@@ -179,7 +181,7 @@ def row_loss(
     weights: Tensor | None,  # (3,) fp32: a decoupled divergence's
     mask: Tensor | None,  # (V,) or (..., V) bool: its strong set, where that is given
     options: RowOptions,
-    gradient: Tensor | None,  # (..., V_s), written; may be the student itself
+    gradient: Tensor | None,  # (..., V_s), written; may be the student itself; of 16 bits too where that is fp32
     loss: Tensor,  # (...) fp32, written
     stats: Tensor,  # (4 or 9, ...) fp32, written
 ) -> str | None:
@@ -193,6 +195,9 @@ def row_loss(
             return f"Triton's kernels compute in fp32, but {name} is {str(logits.dtype).removeprefix('torch.')}"
     if options.strong == "top_k" and options.vocab_size > MOST_COUNTED:
         return f"Triton's kernels count tokens in fp32, to {MOST_COUNTED}; vocab_size is {options.vocab_size}"
+    reason = why_not_gradient(student, gradient)
+    if reason is not None:
+        return reason
     rows = row_scale.numel()
     if rows == 0:
         return None
@@ -203,7 +208,8 @@ def row_loss(
     if len(sizes) > MAX_DIMS:  # does not occur in practice; correct all the same, at the price of copies
         student, teacher = student.contiguous(), teacher.contiguous()
         mask = None if mask is None else mask.contiguous()
-        target = None if gradient is None else student if gradient is given else torch.empty_like(student)
+        if gradient is not None:
+            target = student if gradient is given else torch.empty_like(student, dtype=gradient.dtype)
         sizes, strides = _layout(student, teacher, student if target is None else target, *_some(mask))
     tensors = [student, teacher, student if target is None else target]
     alignment, misalignment = _alignment(tensors, strides[:3], options.vocab_size)

@@ -1,11 +1,13 @@
 """The registered operators: schema, fake, autograd. The one place that touches torch.library."""
 
-from kdkernels.ops._shared import packed
-from kdkernels.ops.linear import linear_loss, relative
-from kdkernels.ops.rows import EagerRowLoss, eager_row_loss, plain_eager, row_loss, scales_late
+from kdkernels.ops._shared import packed, plain_eager
+from kdkernels.ops.linear import EagerLinearLoss, eager_linear_loss, linear_loss, relative
+from kdkernels.ops.rows import EagerRowLoss, eager_row_loss, row_loss, scales_late
 
 __all__ = [
+    "EagerLinearLoss",
     "EagerRowLoss",
+    "eager_linear_loss",
     "eager_row_loss",
     "linear_loss",
     "packed",

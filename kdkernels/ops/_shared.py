@@ -90,5 +90,18 @@ def scaled(gradient: Tensor, factors: Tensor, backend: str, *, own: bool) -> Ten
     return torch.ops.kdkernels.scale_rows.default(gradient, factors, backend)
 
 
+def plain_eager(*tensors: Tensor | None) -> bool:
+    """Whether nothing but autograd looks on: no compiler, tensor subclass, dispatch mode or function transform.
+
+    Then an autograd.Function computes the same as the registered operator, with less overhead.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 LIBRARY.impl("scale_rows", _scale_rows, "CompositeExplicitAutograd")
 torch.library.register_fake("kdkernels::scale_rows", _scale_rows_fake, lib=LIBRARY)

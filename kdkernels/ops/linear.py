@@ -6,6 +6,7 @@ forms none: its backward is the operator once more, with the rows scaled by what
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from kdkernels._linear_rows import LinearProblem, Wanted, compacted, row_losses
 from kdkernels.backends.native import number_of_stats
-from kdkernels.ops._shared import LIBRARY, OPTIONS, refuse_double_backward, scaled, unpacked
+from kdkernels.ops._shared import LIBRARY, OPTIONS, plain_eager, refuse_double_backward, scaled, unpacked
 
 LIBRARY.define(
     "linear_loss("
@@ -69,7 +70,7 @@ def _linear_loss(
         gradient_dtype(weight) if of_weight else None,
         gradient_dtype(bias) if of_bias and bias is not None else None,
     )
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         x, w = operand(hidden.reshape(-1, hidden.shape[-1])), operand(weight)
         assert x is not None
         assert w is not None
@@ -184,8 +185,9 @@ def _recomputed(ctx: Any, of_loss: Tensor) -> tuple[list[Tensor], Tensor | None]
     scale = torch.where(row_scale != 0, of_loss.to(row_scale.dtype) * row_scale, 0)
     *settings, _, gradients, _ = ctx.settings
     operands[7], factor = relative(scale, settings[_COMPUTE_DTYPE] or ctx.dtypes[0])
-    detached = (None if operand is None else operand.detach() for operand in operands)
-    found = linear_loss(*detached, ctx.backend, *settings, False, gradients, True)
+    detached = [None if operand is None else operand.detach() for operand in operands]
+    call: Callable[..., tuple[Tensor, ...]] = _linear_loss if plain_eager(*detached) else linear_loss
+    found = call(*detached, ctx.backend, *settings, False, gradients, True)
     return list(found[2:]), factor
 
 
@@ -203,3 +205,26 @@ torch.library.register_autograd("kdkernels::linear_loss", _backward, setup_conte
 
 #: loss () or (...), stats (4 or 9, ...), and the gradients of hidden, weight and bias or (0,): see the schema above.
 linear_loss = torch.ops.kdkernels.linear_loss.default
+
+
+class EagerLinearLoss(torch.autograd.Function):
+    """linear_loss for eager mode: the same with less overhead."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _linear_loss(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output[0], output[1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, gradients[0])
+
+
+def eager_linear_loss(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """loss () or (...), and stats (4 or 9, ...)."""
+    if any(inputs[-2]):
+        loss, stats = EagerLinearLoss.apply(*inputs)
+        return loss, stats
+    loss, stats, *_ = _linear_loss(*inputs)
+    return loss, stats

@@ -101,19 +101,6 @@ torch.library.register_autograd("kdkernels::row_loss", _backward, setup_context=
 row_loss = torch.ops.kdkernels.row_loss.default
 
 
-def plain_eager(*tensors: Tensor | None) -> bool:
-    """Whether nothing but autograd looks on: no compiler, tensor subclass, dispatch mode or function transform.
-
-    Then :class:`EagerRowLoss` computes the same as the registered operator, with less overhead.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
-
-
 class EagerRowLoss(torch.autograd.Function):
     """row_loss for eager mode; its gradient is written to new memory, or over the student's logits."""
 
