@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -153,6 +155,8 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
 
 def peak_resident_memory(run: Callable[[], object]) -> int | None:
     """The same by Linux's count of the process's resident memory; None on another system."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the C library keeps would hide what the run takes from it
     try:
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
         before = resident_memory("VmRSS")

@@ -119,10 +119,10 @@ class Results:
         grid = figure.add_gridspec(2, 2, width_ratios=(1.8, 1))
         self.plot_curves(figure.add_subplot(grid[:, 0]))
         times, memory = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
-        self.plot_costs(times, "milliseconds", "Head and loss: time (ms)")
-        self.plot_costs(memory, "peak_mebibytes", "Head and loss: peak memory (MiB)")
+        self.plot_costs(times, "milliseconds", "Head and loss with gradients: time (ms)")
+        self.plot_costs(memory, "peak_mebibytes", "Head and loss with gradients: peak memory (MiB)")
         times.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.4, 1.12))
-        memory.set_xlabel(textwrap.fill(f"From hidden states to gradients: {self.cost_shape}", 48))
+        memory.set_xlabel(textwrap.fill(self.cost_shape, 44))
         figure.savefig(path)
 
     def plot_curves(self, axes: Axes) -> None:
