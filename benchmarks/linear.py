@@ -210,6 +210,39 @@ def measure_accuracy(case: Case, field: Sequence[Contender], device: str, deadli
     return lines
 
 
+def measure_ignored(case: Case, device: str, effort: Effort) -> list[Line]:
+    """Our milliseconds by the part of the tokens that counts for nothing: all rows multiplied, and those that count."""
+    data = draw(case, device)
+    teacher = kd.LinearTeacher(data.teacher_hidden, data.teacher_weight)
+    lines: list[Line] = []
+    for compact in (False, True):
+        timed = f"kd.linear_distillation_loss(compact={compact}), labels ignored at random"
+        line: Line = {"implementation": f"compact={compact}", "timed": timed, "by_ignored": {}}
+        lines.append(line)
+        for part in case.ignored:
+            generator = torch.Generator().manual_seed(1)
+            ignored = torch.rand(case.rows, generator=generator) < part
+            labels = torch.where(ignored, -100, 0).to(device)
+
+            def step(labels: Tensor = labels, compact: bool = compact) -> None:
+                data.forget_gradients()
+                loss = kd.linear_distillation_loss(
+                    data.student_hidden,
+                    data.student_weight,
+                    teacher,
+                    labels,
+                    divergence=data.divergence,
+                    compact=compact,
+                )
+                loss.backward()
+
+            step()
+            line["by_ignored"][f"{part:g}"] = statistics.median(queued(step, device, effort.most))
+        data.forget_gradients()
+        release()
+    return lines
+
+
 def _cells(entry: dict[str, Any]) -> Iterator[str]:
     for line in entry["rows"]:
         if "milliseconds" in line:
@@ -218,6 +251,8 @@ def _cells(entry: dict[str, Any]) -> Iterator[str]:
             yield f"{line['implementation']} {line['milliseconds']:.2f} ms{peak}{errors}"
         elif "error" in line:
             yield f"{line['implementation']}: {line['error'][:100]}"
+        elif "by_ignored" in line:
+            yield f"{line['implementation']}: {' '.join(f'{ms:.2f}' for ms in line['by_ignored'].values())} ms"
         else:
             errors = " ".join(f"{at['hidden_error']:.1e}" for at in line["errors"].values())
             yield f"{line['implementation']}: {errors}"
@@ -251,7 +286,9 @@ def run(
         result["results"].append(entry)
         field = contenders(case, device, words, without)
         try:
-            if case.kind == "accuracy":
+            if case.kind == "ignored":
+                entry["rows"] = measure_ignored(case, device, effort)
+            elif case.kind == "accuracy":
                 entry["rows"] = measure_accuracy(case, field, device, deadline)
             else:
                 entry["rows"] = measure(case, field, device, effort, deadline)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import kdkernels as kd
 
-Kind = Literal["loss", "sizes", "accuracy"]
+Kind = Literal["loss", "sizes", "accuracy", "ignored"]
 Field = Literal["ours", "kernels", "all"]
 
 MIB = 2**20
@@ -18,7 +18,13 @@ DIVERGENCES: dict[str, kd.Divergence] = {
     "jensen_shannon": kd.JensenShannon(),
     "CAKD top-k 32": kd.CAKD(alpha=2.0, beta=0.5, strong=kd.TopK(32)),
 }
-PREFIXES: dict[Kind, str] = {"loss": "", "sizes": "chunk sizes, ", "accuracy": "accuracy, "}
+IGNORED = (0.0, 0.1, 0.25, 0.5, 0.75)
+PREFIXES: dict[Kind, str] = {
+    "loss": "",
+    "sizes": "chunk sizes, ",
+    "accuracy": "accuracy, ",
+    "ignored": "ignored tokens, ",
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Case:
         student, teacher: the hidden sizes.
         kind: "loss": time, memory and errors of everyone in its field. "sizes": the same for those whose memory can be
             set, at each of ``workspaces`` and ``chunks``. "accuracy": errors alone, at each of ``noises``.
+            "ignored": our time with each of ``ignored`` of the tokens' labels ignored, with and without ``compact``.
         logits: the dtypes of our logits.
         workspaces: bounds of our workspace in bytes; in a "loss" case besides the default.
         chunks: the peers' rows a chunk.
@@ -49,6 +56,7 @@ class Case:
     workspaces: tuple[int, ...] = ()
     chunks: tuple[int, ...] = ()
     noises: tuple[float, ...] = ()
+    ignored: tuple[float, ...] = ()
     field: Field = "all"
 
     @property
@@ -75,6 +83,7 @@ def full() -> list[Case]:
         Case("forward_kl", *headline, workspaces=(512 * MIB,)),
         Case("forward_kl", 1024, width, student, teacher),
         accuracy(256, 32000, 1024),
+        Case("forward_kl", *headline, kind="ignored", ignored=IGNORED, logits=("float32",), field="ours"),
         Case("forward_kl", rows, 151936, 4096, 4096, field="kernels"),
         Case("jensen_shannon", *headline, logits=("float32",)),
         Case("CAKD top-k 32", *headline, logits=("float32",), field="ours"),
@@ -92,6 +101,7 @@ def quick() -> list[Case]:
         Case("CAKD top-k 32", *headline, logits=("float32",), field="ours"),
         Case("forward_kl", *headline, kind="sizes", workspaces=(2 * MIB, 8 * MIB), chunks=(64,)),
         accuracy(64, 4096, 256),
+        Case("forward_kl", *headline, kind="ignored", ignored=IGNORED, logits=("float32",), field="ours"),
     ]
 
 
@@ -106,7 +116,7 @@ def cpu(rows: int = 512, width: int = 32000, hidden: int = 256) -> list[Case]:
 def select(cases: Sequence[Case], words: Sequence[str]) -> list[Case]:
     """The cases that --only names: "plot", "accuracy", or a part of a title. No such word: every case."""
     wanted = [word for word in words if word not in ("ours", "peers")]
-    kinds = {"plot": "sizes", "accuracy": "accuracy"}
+    kinds = {"plot": "sizes", "accuracy": "accuracy", "ignored": "ignored"}
     return [
         case
         for case in cases

@@ -108,7 +108,7 @@ def markdown(result: Result) -> str:
                 f"| {line['over_bare']:.2f} | {line['teraflops']:.3g} | {peak} "
                 f"| {_error(line.get('hidden_error'))} | {_error(line.get('weight_error'))} |"
             )
-    parts = ["\n".join(lines), accuracy_table(result)]
+    parts = ["\n".join(lines), accuracy_table(result), ignored_table(result)]
     if failures := not_measured(result):
         parts.append("\n".join(["Not measured:", "", *(f"- {failure}" for failure in failures)]))
     notes = dict.fromkeys((line["implementation"], line["timed"]) for e in result["results"] for line in e["rows"])
@@ -180,6 +180,33 @@ def accuracy_table(result: Result) -> str:
                 "–" if at is None else f"{percent(at['hidden_error'])}, {percent(at['weight_error'])}" for at in errors
             ]
             lines.append(f"| {line['implementation']} | {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def ignored(result: Result) -> str:
+    """The page's table of times by the part of the tokens that is ignored; "" where it was not measured."""
+    table = ignored_table(result)
+    return f"{table}\n\n{_provenance(result, of_kind(result, 'ignored'))}" if table else ""
+
+
+def ignored_table(result: Result) -> str:
+    tables = []
+    for entry in of_kind(result, "ignored"):
+        found = [line for line in entry["rows"] if "by_ignored" in line]
+        if not found:
+            continue
+        parts = list(found[0]["by_ignored"])
+        lines = [
+            f"Milliseconds of {entry['case']['divergence']}, {shape(entry)}, bf16, by the part of the tokens whose "
+            "label is ignored:",
+            "",
+            f"| | {' | '.join(f'{100 * float(part):g} %' for part in parts)} |",
+            "|---|" + "---:|" * len(parts),
+        ]
+        for line in found:
+            cells = " | ".join(f"{line['by_ignored'][part]:.1f}" for part in parts)
+            lines.append(f"| `{line['implementation']}` | {cells} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 

@@ -187,7 +187,7 @@ def warn_if_teacher_requires_grad(teacher: Tensor) -> None:
         warnings.warn(
             "teacher requires grad, but a distillation loss gives it none; compute it under torch.no_grad()",
             UserWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
 
 

@@ -35,13 +35,13 @@ class Machine:
     accumulate_floor: int  # as floor, of a weight gradient that is added to what is there
     per_accumulation: int
     conversion: int  # of an accumulated weight gradient to its own dtype
-    multiple: int  # chunks are multiples of this, but for the last
+    step: int  # groups are multiples of this, and chunks, but for the last; those of some size multiples of thrice it
     group: int  # the default: rows whose gradient is kept, and rows of logits beside it
     scratch: int
 
 
-GPU = Machine(288, 40, 1280, 192, 640, multiple=64, group=8192, scratch=768)
-CPU = Machine(64, 8, 32, 8, 8, multiple=8, group=128, scratch=64)
+GPU = Machine(288, 40, 1280, 192, 640, step=64, group=8192, scratch=768)
+CPU = Machine(64, 8, 32, 8, 8, step=8, group=128, scratch=64)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,14 @@ def _next(done: int, group: int, scratch: int, row: RowBytes) -> tuple[int, bool
     return max(options)
 
 
-def _chunks(group: int, scratch: int, row: RowBytes, multiple: int, cap: int) -> tuple[Chunk, ...] | None:
+def _rounded(rows: int, step: int) -> int:
+    """Down to what products like: on a GPU their tiles are 192 or 128 rows high, which a small chunk should fill."""
+    if rows <= step:
+        return rows
+    return rows - rows % (3 * step if 6 * step <= rows < 24 * step else step)
+
+
+def _chunks(group: int, scratch: int, row: RowBytes, step: int, cap: int) -> tuple[Chunk, ...] | None:
     """A group's chunks of at most ``cap`` rows, as large as fits; None where not even a row does."""
     found: list[Chunk] = []
     done = 0
@@ -96,22 +103,22 @@ def _chunks(group: int, scratch: int, row: RowBytes, multiple: int, cap: int) ->
         rows = min(rows, cap)
         if rows < 1:
             return None
-        if rows < group - done and rows > multiple:
-            rows -= rows % multiple
+        if rows < group - done:
+            rows = _rounded(rows, step)
         found.append(Chunk(done, done + rows, student, teacher))
         done += rows
     return tuple(found)
 
 
-def _even(group: int, scratch: int, row: RowBytes, multiple: int) -> tuple[Chunk, ...] | None:
+def _even(group: int, scratch: int, row: RowBytes, step: int) -> tuple[Chunk, ...] | None:
     """The fewest chunks, and of those the evenest."""
-    fewest = _chunks(group, scratch, row, multiple, group)
+    fewest = _chunks(group, scratch, row, step, group)
     if fewest is None:
         return None
-    low, high = group // len(fewest) // multiple, group // multiple + 1
-    while low < high:  # the smallest cap, in multiples, that needs no more chunks
+    low, high = group // len(fewest) // step, group // step + 1
+    while low < high:  # the smallest cap, in steps, that needs no more chunks
         middle = (low + high) // 2
-        chunks = _chunks(group, scratch, row, multiple, max(1, middle * multiple))
+        chunks = _chunks(group, scratch, row, step, max(1, middle * step))
         if chunks is not None and len(chunks) <= len(fewest):
             fewest, high = chunks, middle
         else:
@@ -119,22 +126,22 @@ def _even(group: int, scratch: int, row: RowBytes, multiple: int) -> tuple[Chunk
     return fewest
 
 
-def _even_size(rows: int, groups: int, multiple: int) -> int:
+def _even_size(rows: int, groups: int, step: int) -> int:
     size = -(-rows // groups)
-    return min(rows, -(-size // multiple) * multiple) if size > multiple else size
+    return min(rows, -(-size // step) * step) if size > step else size
 
 
-def _candidates(rows: int, most: int, multiple: int) -> Iterator[int]:
+def _candidates(rows: int, most: int, step: int) -> Iterator[int]:
     """Sizes for equal groups of at most ``most`` rows."""
     groups = -(-rows // most)
     while groups <= rows:
-        size = _even_size(rows, groups, multiple)
+        size = _even_size(rows, groups, step)
         if size <= most:
             yield size
-        if size <= multiple:
+        if size <= step:
             break
         groups = max(groups + 1, groups + groups // 8)
-    yield from {min(most, size) for size in (1, multiple)}
+    yield from {min(most, size) for size in (1, step)}
 
 
 def _cost(rows: int, group: int, chunks: tuple[Chunk, ...], machine: Machine, keep: bool, share: float) -> float:
@@ -167,9 +174,9 @@ def plan(rows: int, row: RowBytes, workspace: int, machine: Machine, *, keep: bo
     """
     most = rows if not row.gradient else max(1, min(rows, workspace // row.gradient))
     best: tuple[float, Plan] | None = None
-    for group in _candidates(rows, most, machine.multiple):
+    for group in _candidates(rows, most, machine.step):
         scratch = min(max(0, workspace - group * row.gradient), group * row.logits)
-        chunks = _even(group, scratch, row, machine.multiple)
+        chunks = _even(group, scratch, row, machine.step)
         if chunks is None or (len(chunks) > 1 and not keep):
             continue
         cost = _cost(rows, group, chunks, machine, keep, share)
@@ -187,11 +194,11 @@ def default_plan(rows: int, row: RowBytes, weight_bytes: int, machine: Machine, 
     gone: that buffer may take as much.
     """
     if not keep:
-        group = _even_size(rows, -(-rows // (machine.group // 8)), machine.multiple)
+        group = _even_size(rows, -(-rows // (machine.group // 8)), machine.step)
         return Plan(group, group * row.gradient, group * row.logits, (Chunk(0, group, True, True),))
-    group = _even_size(rows, -(-rows // machine.group), machine.multiple)
+    group = _even_size(rows, -(-rows // machine.group), machine.step)
     room = (machine.group - group) * row.gradient + machine.scratch * row.logits
     scratch = min(group * row.logits, max(room, weight_bytes if group == rows else 0))
-    chunks = _even(group, scratch, row, machine.multiple)
+    chunks = _even(group, scratch, row, machine.step)
     assert chunks is not None
     return Plan(group, group * row.gradient, scratch, chunks)

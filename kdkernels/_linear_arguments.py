@@ -64,7 +64,7 @@ def _check_model(names: tuple[str, str, str], hidden: object, weight: object, bi
     if weight.shape[0] < 1:
         raise ValueError(f"{w} must have at least one row, got shape {tuple(weight.shape)}")
     _same_device(w, weight, h, hidden)
-    if hidden.dtype != weight.dtype and not autocast:
+    if hidden.dtype != weight.dtype and (not autocast or torch.float64 in (hidden.dtype, weight.dtype)):
         raise TypeError(f"{h} is {hidden.dtype} and {w} {weight.dtype}; cast one, or use torch.autocast")
     if bias is None:
         return

@@ -103,9 +103,10 @@ class _Sweep:
         self.gradient_dtype = p.hidden.dtype if narrows and p.logits_dtype == torch.float32 else p.logits_dtype
         self.over_logits = wanted.any and self.gradient_dtype == p.logits_dtype
         self.teacher_rows = _runs_on(p.teacher) if p.teacher_weight is None and p.index is None else None
-        if self.teacher_rows is not None and device.type == "cuda" and p.teacher.dtype != p.logits_dtype:
-            self.teacher_rows = None  # the kernels that read logits once take one dtype of both models
-        self.mask = p.mask if p.mask is None or p.mask.dim() == 1 else p.mask.reshape(-1, p.mask.shape[-1])
+        if self.teacher_rows is not None and device.type == "cuda" and not _suits(self.teacher_rows, p.logits_dtype):
+            self.teacher_rows = None
+        one_for_all = p.mask is None or p.mask.dim() == 1
+        self.mask_rows = None if p.mask is None or one_for_all or p.index is not None else _runs_on(p.mask)
 
     def run(self) -> Formed:
         p, wanted = self.p, self.wanted
@@ -205,9 +206,9 @@ class _Sweep:
         else:
             teacher = place(chunk.teacher_in_scratch)
             self._teacher_logits(rows, teacher)
-        mask = self.mask
+        mask = p.mask
         if mask is not None and mask.dim() > 1:
-            mask = mask[rows] if p.index is None else mask.index_select(0, p.index[rows])
+            mask = mask[self._places(rows, mask.shape[:-1])] if self.mask_rows is None else self.mask_rows[rows]
         whole = n == p.rows
         of_chunk = stats if whole else stats.new_empty((stats.shape[0], n))
         backends.row_loss(
@@ -233,15 +234,29 @@ class _Sweep:
             weight, bias = p.teacher_weight[: self.vocab], _part(p.teacher_bias, self.vocab)
             _products.logits(p.teacher[rows], weight, bias, self.teacher_scale, out)
             return
-        numbers = p.index[rows] if p.index is not None else torch.arange(rows.start, rows.stop, device=out.device)
-        for start in range(0, numbers.numel(), ROWS_COPIED):
-            few = numbers[start : start + ROWS_COPIED]
-            where = torch.unravel_index(few, p.teacher.shape[:-1])
-            out[start : start + ROWS_COPIED] = p.teacher[..., : self.vocab][where]
+        for start in range(rows.start, rows.stop, ROWS_COPIED):
+            few = slice(start, min(start + ROWS_COPIED, rows.stop))
+            logits = p.teacher[..., : self.vocab][self._places(few, p.teacher.shape[:-1])]
+            out[few.start - rows.start : few.stop - rows.start] = logits
+
+    def _places(self, rows: slice, shape: torch.Size) -> tuple[Tensor, ...]:
+        """Where rows lie in leading dimensions: torch.unravel_index, which waits for the device, without that."""
+        p = self.p
+        numbers = torch.arange(rows.start, rows.stop, device=p.hidden.device) if p.index is None else p.index[rows]
+        places: list[Tensor] = []
+        for size in reversed(shape):
+            places.insert(0, numbers % size)
+            numbers = numbers // size
+        return tuple(places)
 
 
 def _part(tensor: Tensor | None, rows: slice | int) -> Tensor | None:
     return None if tensor is None else tensor[rows if isinstance(rows, slice) else slice(rows)]
+
+
+def _suits(logits: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernels that read logits once take these beside ours: of one dtype, rows at multiples of 16 bytes."""
+    return logits.dtype == dtype and (logits.data_ptr() | logits.stride(0) * logits.element_size()) % 16 == 0
 
 
 def _runs_on(logits: Tensor) -> Tensor | None:  # (..., V) -> (N, V)

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from kdkernels._arguments import Arguments, LossOptions, Transform, check
+from kdkernels._linear_arguments import check_linear
 from kdkernels.divergences import (
     AdaptiveKL,
     AlphaBeta,
@@ -380,23 +381,23 @@ def linear_distillation_loss(
     product, so that nothing is rounded to their dtype. Gradients of ``student_hidden``, ``student_weight`` and
     ``student_bias`` come from autograd, each in its tensor's dtype; a teacher's hidden states and weights get none.
 
-    ``logits_dtype``, ``workspace_bytes`` and ``compact`` are accepted and change nothing: logits are never rounded
-    here, rows never cut into chunks or left out.
+    ``logits_dtype``, ``workspace_bytes`` and ``compact`` are accepted and change nothing, nor does autocast: logits are
+    never rounded here, rows never cut into chunks or left out.
 
     Returns:
         As :func:`kdkernels.linear_distillation_loss`: float64 where ``student_hidden`` is, else float32.
     """
-    del logits_dtype, workspace_bytes, compact
-    of_teacher = teacher if isinstance(teacher, LinearTeacher) else (teacher,)
-    operands = (student_hidden, student_weight, student_bias, *of_teacher)
-    double = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in operands)
+    del compact
+    a = check_linear(
+        student_hidden, student_weight, teacher, labels, student_bias, logits_dtype, workspace_bytes, **options
+    )
+    operands = (a.hidden, a.weight, a.bias, a.teacher, a.teacher_weight, a.teacher_bias)
+    double = any(x is not None and x.dtype == torch.float64 for x in operands)
     dtype = torch.float64 if double else torch.float32
-    if isinstance(teacher, LinearTeacher):
-        with torch.no_grad():
-            teacher = _linear(*teacher, dtype)
-    student = _linear(student_hidden, student_weight, student_bias, dtype)
-    loss, stats = loss_from(check(student, teacher, labels, **options))
-    out = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
+    student = _linear(a.hidden, a.weight, a.bias, dtype)
+    of_teacher = a.teacher if a.teacher_weight is None else _linear(a.teacher, a.teacher_weight, a.teacher_bias, dtype)
+    loss, stats = loss_from(Arguments(**vars(a.rows), student=student, teacher=of_teacher))
+    out = torch.float64 if a.hidden.dtype == torch.float64 else torch.float32
     loss = loss.to(out)
     if not return_stats:
         return loss

@@ -64,6 +64,15 @@ def any_dtypes(request: pytest.FixtureRequest):
 
 
 @pytest.fixture
+def one_thread():
+    """For tests of many small tensors, which threads on shared cores make a dozen times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def plan():
     """Sets how the CUDA kernels lay rows over the chip, for one test."""
 

@@ -116,8 +116,9 @@ def test_a_teacher_that_requires_grad_is_warned_about_once(monkeypatch):
     monkeypatch.setattr(_arguments, "_warned_about_teacher", False)
     teacher = Y.clone().requires_grad_()
     student = Z.clone().requires_grad_()
-    with pytest.warns(UserWarning, match="teacher requires grad"):
+    with pytest.warns(UserWarning, match="teacher requires grad") as seen:
         kd.distillation_loss(student, teacher).backward()
+    assert seen[0].filename == __file__
     assert teacher.grad is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -151,7 +151,7 @@ def test_the_cases_and_who_runs():
             names = [contender.name for contender in linear_peers.contenders(case, "cuda")]
             assert len(set(names)) == len(names)
             assert names[0].startswith(FP32)
-    assert {case.kind for case in full} == {"loss", "sizes", "accuracy"}
+    assert {case.kind for case in full} == {"loss", "sizes", "accuracy", "ignored"}
     assert {case.divergence for case in full} == set(linear_cases.DIVERGENCES)
     headline = linear_peers.contenders(full[0], "cuda")
     assert [c.name for c in headline if c.ours] == [FP32, BF16, f"{FP32}, 512 MiB", f"{BF16}, 512 MiB"]
@@ -376,3 +376,17 @@ def test_every_kind_of_case_on_a_gpu():
             if FP32 in name:
                 errors = line.get("errors", {"": line}).values()
                 assert all(at["hidden_error"] < 5e-3 and at["weight_error"] < 5e-3 for at in errors), line
+
+
+def test_ignored_tokens_are_timed_with_and_without_compact():
+    case = replace(PLAIN, kind="ignored", ignored=(0.0, 0.5))
+    (entry,) = linear.run([case], "cpu", TINY)["results"]
+    assert "error" not in entry
+    lines = by_name(entry)
+    assert set(lines) == {"compact=False", "compact=True"}
+    assert all(ms > 0 for line in lines.values() for ms in line["by_ignored"].values())
+    made_up = {"compact=False": {"0": 10.0, "0.5": 9.0}, "compact=True": {"0": 11.0, "0.5": 6.0}}
+    rows = [{"implementation": name, "by_ignored": by} for name, by in made_up.items()]
+    table = report_linear.ignored_table({"results": [{**entry, "rows": rows}]})
+    assert "| | 0 % | 50 % |" in table
+    assert "| `compact=True` | 11.0 | 6.0 |" in table

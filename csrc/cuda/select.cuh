@@ -13,7 +13,7 @@
 
 namespace kdkernels::cuda {
 
-constexpr int kExact = 128, kCoarse = 128, kBins = kExact + kCoarse;
+constexpr int kBins = 256;
 constexpr int kScoutBins = 128;
 constexpr int kScouted = 4;  // rows that the scout may be ahead of the consumers
 
@@ -32,6 +32,11 @@ template <>
 constexpr int kSpareBits<__nv_bfloat16> = 16;
 template <>
 constexpr int kSpareBits<__half> = 13;
+// Bins of either part of a window. Of fp32 logits, the coarse part finds the threshold: their images are many.
+template <class T>
+constexpr int kExact = kSpareBits<T> ? 128 : 32;
+template <class T>
+constexpr int kCoarse = kBins - kExact<T>;
 // The value whose image lies in [image, image + 2^spare), image a multiple of 2^spare.
 template <class T>
 __device__ __forceinline__ float value_at(uint32_t image) {
@@ -59,19 +64,18 @@ struct Window {
     return w;
   }
   // Whether numbers lie above the exact part, and from which value on.
-  __device__ bool bounded() const { return low < kBeyondImages - (uint32_t(kExact) << kSpareBits<T>); }
-  __device__ uint32_t middle_image() const { return low + (uint32_t(kExact) << kSpareBits<T>); }
+  __device__ bool bounded() const { return low < kBeyondImages - (uint32_t(kExact<T>) << kSpareBits<T>); }
+  __device__ uint32_t middle_image() const { return low + (uint32_t(kExact<T>) << kSpareBits<T>); }
   // Of a value in the coarse part. Rounding and all, larger values have no smaller interval.
   static __device__ __forceinline__ int interval(float y, float coarse, float inv_width) {
-    return min(kCoarse - 1, int((y - coarse) * inv_width));
+    return min(kCoarse<T> - 1, int((y - coarse) * inv_width));
   }
-  // The least value of an interval but the first; NaN where it is not found.
-  __device__ float begin_of(int n) const {
-    uint32_t image = image_of(coarse + n / inv_width) - 32;  // rounding moves it by less, but for a far-off window
-    if (interval(value_of(image), coarse, inv_width) >= n) return __builtin_nanf("");
-    for (int i = 0; i < 64; i++)
-      if (interval(value_of(++image), coarse, inv_width) == n) return value_of(image);
-    return __builtin_nanf("");
+  // The least value of an interval but the first, by a whole warp; NaN where rounding has put it further off than this
+  // looks, as it may in a far-off window.
+  __device__ float begin_of(int n, int lane) const {
+    const uint32_t first = image_of(coarse + n / inv_width) - 16;
+    const uint32_t within = __ballot_sync(0xffffffffu, interval(value_of(first + lane), coarse, inv_width) >= n);
+    return within == 0 || within & 1 ? __builtin_nanf("") : value_of(first + __ffs(within) - 1);
   }
   __device__ float middle() const { return bounded() ? value_at<T>(middle_image()) : __builtin_nanf(""); }
 };
@@ -208,7 +212,8 @@ class Scout {
       enough = fminf(amount_ + doubt, 0.5f + 0.5f * amount_) * total;
     } else {
       const float expected = amount_ * (whole ? 1 : float(pieces * G) / columns);
-      enough = expected + (whole ? 0 : 3 * sqrtf(expected) + 2);
+      // A second round costs 16-bit logits more than a wide window does, and others less.
+      enough = expected + (whole ? 0 : kSpareBits<T> ? 3 * sqrtf(expected) + 2 : 2 * sqrtf(expected) + 1);
     }
     int low_bin = kScoutBins;
 #pragma unroll
@@ -221,10 +226,10 @@ class Scout {
     if constexpr (kSpareBits<T> == 0)
       if (!mass) {
         // So many images lie between that values must do: from `low` to where the sample's tail, taken for an exponential
-        // one, would have a third of what is asked for.
+        // one, would have half of what is asked for.
         const float share = whole ? 1 : float(pieces * G) / columns, tail = (top - low) / logf(fmaxf(2, enough));
-        const float upper = top + tail * fmaxf(0, 1 - logf(fmaxf(amount_ * share, 1e-6f)));
-        return Window<T>::at(max(rounded_image<T>(low), kLeastImage<T>), -__builtin_inff(), (upper - low) / kCoarse, top);
+        const float upper = top + tail * fmaxf(0, 0.7f - logf(fmaxf(amount_ * share, 1e-6f)));
+        return Window<T>::at(max(rounded_image<T>(low), kLeastImage<T>), -__builtin_inff(), (upper - low) / kCoarse<T>, top);
       }
     return Window<T>::at(max(rounded_image<T>(low), kLeastImage<T>), top, width, top);
   }
@@ -315,13 +320,15 @@ class SelectTotals {
       return again;
     }
     const float target = kMass ? amount_ * all : amount_, middle = window_.middle();
-    // The lower half of the warp has the exact part, the upper the coarse one.
-    const bool coarse = lane_ >= 16;
+    // The lower half of the warp has the exact part, the upper the coarse one; or as the bins are divided.
+    constexpr int exact_lanes = kExact<T> / kEach;
+    const bool coarse = lane_ >= exact_lanes;
+    const int place = exact_lanes == 16 ? lane_ % 16 : coarse ? lane_ - exact_lanes : lane_;
     const float width = window_.inv_width > 0 ? 1 / window_.inv_width : 0;
     float held[kEach], mine = 0;
 #pragma unroll
     for (int i = 0; i < kEach; i++) {
-      const int bin = lane_ % 16 * kEach + i;
+      const int bin = place * kEach + i;
       held[i] = float(counts[i]);
       if (kMass && counts[i]) {
         const float value =
@@ -339,9 +346,9 @@ class SelectTotals {
     }
     float over = mine;  // of its half of the warp, what lies in this lane's intervals and all above
 #pragma unroll
-    for (int d = 1; d < 16; d *= 2) {
-      const float from = __shfl_down_sync(kAllLanes, over, d, 16);
-      if (lane_ % 16 + d < 16) over += from;
+    for (int d = 1; d < (exact_lanes == 16 ? 16 : 32); d *= 2) {
+      const float from = __shfl_down_sync(kAllLanes, over, d, exact_lanes == 16 ? 16 : 32);
+      if (exact_lanes == 16 ? place + d < 16 : lane_ + d < (coarse ? 32 : exact_lanes)) over += from;
     }
     over += (coarse ? 0 : above) - mine;
     int bin = -1;
@@ -349,7 +356,7 @@ class SelectTotals {
 #pragma unroll
     for (int i = kEach - 1; i >= 0; i--) {
       over += held[i];
-      if (bin < 0 && over >= target) bin = lane_ % 16 * kEach + i, just = over == target;
+      if (bin < 0 && over >= target) bin = place * kEach + i, just = over == target;
     }
     const int exact_bin = __reduce_max_sync(kAllLanes, coarse ? -1 : bin);
     const int coarse_bin = __reduce_max_sync(kAllLanes, coarse ? bin : -1);
@@ -359,13 +366,13 @@ class SelectTotals {
       if constexpr (!kMass && kSpareBits<T> == 0) {
         // Then the interval begins at a threshold as good as the least value in it.
         const bool done = __any_sync(kAllLanes, coarse && bin > 0 && bin == coarse_bin && just);
-        const float begin = done ? window_.begin_of(coarse_bin) : again;
+        const float begin = done ? window_.begin_of(coarse_bin, lane_) : again;
         if (begin == begin) return begin;
       }
       least_ = max(least_, window_.middle_image());
       if (window_.coarse < infinity && width > 0) {
         from = coarse_bin < 0 ? value_at<T>(least_) : window_.coarse + (coarse_bin - 1) * width;
-        to = coarse_bin < 0 ? window_.coarse : window_.coarse + (coarse_bin < kCoarse - 1 ? coarse_bin + 2 : 16 * kCoarse) * width;
+        to = coarse_bin < 0 ? window_.coarse : window_.coarse + (coarse_bin < kCoarse<T> - 1 ? coarse_bin + 2 : 16 * kCoarse<T>) * width;
       }
     } else {
       if (exact_bin >= 0) return value_at<T>(window_.low + (uint32_t(exact_bin) << kSpareBits<T>));
@@ -376,14 +383,14 @@ class SelectTotals {
     const float upper = beyond_ < kBeyondImages ? value_at<T>(beyond_) : infinity;
     if (least_ >= beyond_ || rounds_ > kMostRounds) return upper;
     const uint32_t images = beyond_ - least_;
-    if (images <= uint32_t(kExact) << kSpareBits<T>) {
+    if (images <= uint32_t(kExact<T>) << kSpareBits<T>) {
       window_ = Window<T>::at(least_, infinity, 0, window_.reference);
     } else {
       const uint32_t low = from == from ? max(rounded_image<T>(from), least_) : beyond_;
       to = fminf(to, upper);
       const float at = low < beyond_ ? value_at<T>(low) : again;
       if (rounds_ < 10 && isfinite(at) && isfinite(to) && to > at)
-        window_ = Window<T>::at(low, -infinity, (to - at) / kCoarse, window_.reference);
+        window_ = Window<T>::at(low, -infinity, (to - at) / kCoarse<T>, window_.reference);
       else
         window_ = Window<T>::at(least_ + (images / 2 >> kSpareBits<T> << kSpareBits<T>), infinity, 0, window_.reference);
     }

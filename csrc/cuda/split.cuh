@@ -262,7 +262,7 @@ class SplitSweep : public Base {
         const bool exact = !(y[i] >= middle), counts = inside[i] && y[i] >= low;
         if (counts && !exact) above += e[i];
         uint32_t bin = (image_of(y[i]) - first) >> kSpareBits<T>;
-        if (!exact && y[i] >= coarse) bin = kExact + Window<T>::interval(y[i], coarse, inv_width);
+        if (!exact && y[i] >= coarse) bin = kExact<T> + Window<T>::interval(y[i], coarse, inv_width);
         count_in(bins + bin * 4, counts && (exact || y[i] >= coarse));
       }
     });

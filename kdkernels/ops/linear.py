@@ -27,11 +27,14 @@ LIBRARY.define(
 )
 _OPERANDS = 12  # tensors and backend, before the packed options
 _COMPUTE_DTYPE = 13  # after these
+# In fp16 a token's gradient is formed this many times as large: where models nearly agree, most of it would be too
+# small. What is left above is enough for a row's factors (kd_weight, T, the slope of its divergence) up to 256.
+FP16_SCALE = 256.0
 
 
-def gradient_dtype(parameter: Tensor) -> torch.dtype:
-    """Of a parameter's gradient before the incoming one: fp16 cannot hold sums over many tokens that are not scaled."""
-    return torch.float32 if parameter.dtype == torch.float16 else parameter.dtype
+def gradient_dtype(operand: Tensor) -> torch.dtype:
+    """Of an operand's gradient before the incoming one, which fp16 may not hold until then."""
+    return torch.float32 if operand.dtype == torch.float16 else operand.dtype
 
 
 def _outputs_shape(row_scale: Tensor, divergence: str, per_row: bool) -> tuple[torch.Size, tuple[int, ...]]:
@@ -41,6 +44,10 @@ def _outputs_shape(row_scale: Tensor, divergence: str, per_row: bool) -> tuple[t
 
 def _flat(rows: Tensor | None) -> Tensor | None:
     return None if rows is None else rows.reshape(-1)
+
+
+def _matrix(states: Tensor) -> Tensor:  # (..., H) -> (N, H)
+    return states.reshape(states.shape[:-1].numel(), states.shape[-1])
 
 
 def _linear_loss(
@@ -62,19 +69,21 @@ def _linear_loss(
     options = unpacked(packed_options, scale_gradient=True)
 
     def operand(tensor: Tensor | None) -> Tensor | None:
-        return tensor if tensor is None or compute_dtype is None else tensor.to(compute_dtype)
+        if tensor is None or compute_dtype is None or tensor.dtype == torch.float64:  # which autocast leaves as it is
+            return tensor
+        return tensor.to(compute_dtype)
 
     of_hidden, of_weight, of_bias = (wanted and not per_row for wanted in gradients)
     wanted = Wanted(
-        hidden.dtype if of_hidden else None,
+        gradient_dtype(hidden) if of_hidden else None,
         gradient_dtype(weight) if of_weight else None,
         gradient_dtype(bias) if of_bias and bias is not None else None,
     )
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        x, w = operand(hidden.reshape(-1, hidden.shape[-1])), operand(weight)
+        x, w = operand(_matrix(hidden)), operand(weight)
         assert x is not None
         assert w is not None
-        states = teacher if teacher_weight is None else operand(teacher.reshape(-1, teacher.shape[-1]))
+        states = teacher if teacher_weight is None else operand(_matrix(teacher))
         assert states is not None
         problem = LinearProblem(
             hidden=x,
@@ -106,15 +115,15 @@ def _linear_loss(
                 x_gradient = x_gradient.new_zeros((rows, x_gradient.shape[1])).index_copy(0, kept, x_gradient)
         loss_shape, stats_shape = _outputs_shape(row_scale, options.divergence, per_row)
 
-    def out(gradient: Tensor | None, like: Tensor) -> Tensor:
-        return row_scale.new_empty(0) if gradient is None else gradient.view(like.shape)
+    def out(gradient: Tensor | None, shape: torch.Size) -> Tensor:
+        return row_scale.new_empty(0) if gradient is None else gradient.view(shape)
 
     return (
         loss.view(loss_shape) if per_row else loss.sum(),
         stats.view(stats_shape),
-        out(x_gradient, hidden),
-        out(formed.weight, weight),
-        out(formed.bias, weight[:, 0]),
+        out(x_gradient, hidden.shape),
+        out(formed.weight, weight.shape),
+        out(formed.bias, weight.shape[:1]),
     )
 
 
@@ -127,7 +136,7 @@ def _linear_loss_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest
     def gradient(tensor: Tensor | None, shape: torch.Size, wanted: bool) -> Tensor:
         if tensor is None or not wanted:
             return row_scale.new_empty(0)
-        return tensor.new_empty(shape, dtype=tensor.dtype if tensor is hidden else gradient_dtype(tensor))
+        return tensor.new_empty(shape, dtype=gradient_dtype(tensor))
 
     return (
         row_scale.new_empty(loss_shape),
@@ -147,7 +156,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
     ctx.settings = inputs[_OPERANDS:]
     if per_row:
-        ctx.save_for_backward(*inputs[: _OPERANDS - 1])
+        # Autograd saves no tensor that was made in inference mode, as a teacher's may be.
+        operands = inputs[: _OPERANDS - 1]
+        ctx.of_inference = [x if isinstance(x, Tensor) and x.is_inference() else None for x in operands]
+        ctx.save_for_backward(
+            *(x if kept is None else None for x, kept in zip(operands, ctx.of_inference, strict=True))
+        )
     else:
         ctx.save_for_backward(*gradients)
     ctx.per_row = per_row
@@ -180,7 +194,7 @@ def _times(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype, ctx: Any
 
 def _recomputed(ctx: Any, of_loss: Tensor) -> tuple[list[Tensor], Tensor | None]:
     """The gradients of a loss per row, and the factor that they still lack."""
-    operands = list(ctx.saved_tensors)
+    operands = [x if kept is None else kept for x, kept in zip(ctx.saved_tensors, ctx.of_inference, strict=True)]
     row_scale = operands[7]
     scale = torch.where(row_scale != 0, of_loss.to(row_scale.dtype) * row_scale, 0)
     *settings, _, gradients, _ = ctx.settings
@@ -192,11 +206,11 @@ def _recomputed(ctx: Any, of_loss: Tensor) -> tuple[list[Tensor], Tensor | None]
 
 
 def relative(scale: Tensor, compute_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """In fp16, where a gradient over the number of tokens would vanish: row scales over the largest, and that one."""
+    """In fp16, whose range is short: row scales such that the largest is FP16_SCALE, and the factor that they lack."""
     if compute_dtype != torch.float16 or scale.numel() == 0:
         return scale, None
     largest = scale.abs().amax()
-    return torch.where(largest == 0, 0, scale / largest), largest
+    return torch.where(largest == 0, 0, FP16_SCALE * (scale / largest)), largest / FP16_SCALE
 
 
 LIBRARY.impl("linear_loss", _linear_loss, "CompositeExplicitAutograd")
