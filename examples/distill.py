@@ -2,15 +2,16 @@
 
 A byte-pair tokenizer and a Llama teacher are trained on text that every Python ships with. Then students of a quarter
 of the teacher's size learn the same text: one from hard labels alone, the others also from the teacher's distribution
-over the whole vocabulary, through `kdkernels.distillation_loss`. The teacher takes more steps than a student, as
-teachers do: part of what it passes on comes from text that no student reads.
+over the whole vocabulary. The loss of these is `kdkernels.LinearDistillationLoss`: it takes both models' hidden states
+and heads, and forms logits a chunk of tokens at a time. The teacher takes more steps than a student, as teachers do:
+part of what it passes on comes from text that no student reads.
 
 The students differ in nothing but the loss: same shape, same initial weights, same learning rate, and they are trained
-side by side on the same batches in the same order (so one pass of the teacher serves them all). What is held out are
-whole documents, and neither the tokenizer nor a model has seen them. The work is counted in steps, not in minutes, so
-that a run can be repeated.
+side by side on the same batches in the same order (so one pass of the teacher's blocks serves them all). What is held
+out are whole documents, and neither the tokenizer nor a model has seen them. The work is counted in steps, not in
+minutes, so that a run can be repeated.
 
-At the end: held-out loss of all models, and what the loss costs in time and memory against eager PyTorch; plots and
+At the end: held-out loss of all models, and what head and loss cost in time and memory against eager PyTorch; plots and
 the numbers as JSON lie in --output: distillation.png, and decoupled.png with the terms of the decoupled divergence step
 by step. On a GPU the same command uses it.
 """
@@ -27,7 +28,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from corpus import Corpus, load_corpus
 from loss_cost import Cost, Objective, measure
 from report import HARD_LABELS, Curve, Results
@@ -36,15 +36,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from training import (
     Batch,
+    Loss,
     Rates,
     Shape,
     Trainer,
     build_model,
-    compute_logits,
+    compute_hidden,
     count_parameters,
-    head_parameters,
+    hard_label_loss,
+    head_weight,
     held_out_batches,
     held_out_loss,
+    product_dtype,
     random_batches,
 )
 
@@ -118,10 +121,6 @@ class Stopwatch:
         self.seconds[part] = time.perf_counter() - start
 
 
-def hard_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-
-
 def training_batches(
     corpus: Corpus, settings: Settings, steps: int, device: torch.device, title: str
 ) -> Iterator[tuple[int, Batch, tqdm]]:
@@ -163,11 +162,10 @@ def train_students(
     recorder = TermRecorder(OBJECTIVES[CAKD].divergence)
     for step, (ids, labels), bar in training_batches(corpus, settings, settings.steps, device, "students"):
         with torch.no_grad():
-            teacher_logits = compute_logits(teacher, ids)
+            frozen = kd.LinearTeacher(compute_hidden(teacher, ids), head_weight(teacher))
         for name, objective in objectives.items():
             record = recorder.record if name == CAKD else None
-            trainers[name].step(ids, student_loss(objective, teacher_logits, labels, record))
-        del teacher_logits
+            trainers[name].step(ids, student_loss(objective, frozen, labels, record))
         if step % max(1, settings.steps // settings.curve_points) == 0 or step == settings.steps:
             for name, trainer in trainers.items():
                 curves[name].steps.append(step)
@@ -178,28 +176,38 @@ def train_students(
 
 def student_loss(
     objective: Objective | None,
-    teacher_logits: Tensor,
+    teacher: kd.LinearTeacher,
     labels: Tensor,
     record: Callable[[kd.RowStats], None] | None = None,
-) -> Callable[[Tensor], Tensor]:
-    """The loss as a function of the student's logits; hard labels alone where there is no objective."""
+) -> Loss:
+    """The loss of the student's hidden states and head; hard labels alone where there is no objective."""
     if objective is None:
         return partial(hard_label_loss, labels=labels)
-    return partial(objective.fused, teacher=teacher_logits, labels=labels, record=record)
+    return partial(objective.fused, teacher=teacher, labels=labels, record=record)
 
 
 def measure_costs(
     teacher: nn.Module, student: nn.Module, batch: Batch, runs: int, device: torch.device
 ) -> tuple[str, dict[str, Cost], dict[str, Cost]]:
-    """What each objective costs on the logits that the trained models give for a batch, eagerly and fused."""
+    """What each objective costs on the hidden states that the trained models give for a batch, eagerly and fused."""
     ids, labels = (tensor.to(device) for tensor in batch)
     with torch.no_grad():
-        student_logits, teacher_logits = compute_logits(student, ids), compute_logits(teacher, ids)
-    tensors = (student_logits, teacher_logits, labels)
-    eager = {name: measure(objective.eager, *tensors, runs) for name, objective in OBJECTIVES.items()}
-    fused = {name: measure(objective.fused, *tensors, runs) for name, objective in OBJECTIVES.items()}
-    dtype = str(student_logits.dtype).removeprefix("torch.")
-    return f"{labels.numel():,} tokens x {student_logits.shape[-1]:,} vocabulary, {dtype}", eager, fused
+        hidden = compute_hidden(student, ids)
+        frozen = kd.LinearTeacher(compute_hidden(teacher, ids), head_weight(teacher))
+    weight = head_weight(student)
+
+    def cost(loss: Callable[..., Tensor]) -> Cost:
+        return measure(partial(loss, teacher=frozen, labels=labels), hidden, weight, runs)
+
+    eager = {name: cost(objective.eager) for name, objective in OBJECTIVES.items()}
+    fused = {name: cost(objective.fused) for name, objective in OBJECTIVES.items()}
+    vocabulary, width = weight.shape
+    dtype = str(product_dtype(device)).removeprefix("torch.")
+    shape = (
+        f"{labels.numel():,} tokens of {width} (teacher: {frozen.weight.shape[1]}) features, "
+        f"vocabulary {vocabulary:,}, {dtype}"
+    )
+    return shape, eager, fused
 
 
 def describe_environment(device: torch.device) -> str:
@@ -243,7 +251,7 @@ def run(settings: Settings, device: torch.device) -> Results:
         corpus=corpus.description,
         teacher_parameters=count_parameters(teacher),
         student_parameters=count_parameters(students[HARD_LABELS]),
-        head_parameters=(head_parameters(teacher), head_parameters(students[HARD_LABELS])),
+        head_parameters=(head_weight(teacher).numel(), head_weight(students[HARD_LABELS]).numel()),
         held_out_tokens=tokens_per_batch * len(held_out),
         teacher_loss=losses.pop("teacher"),
         student_losses=losses,

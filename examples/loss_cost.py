@@ -1,63 +1,69 @@
-"""Time and peak memory of a loss's forward and backward pass, eager PyTorch against kdkernels."""
+"""Time and peak memory of head and loss, forward and backward, eager PyTorch against kdkernels."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from training import Loss, precision
 
 import kdkernels as kd
-
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # student logits, teacher logits, labels
 
 
 @dataclass(frozen=True)
 class Objective:
-    """kd_weight · T² · divergence + ce_weight · cross-entropy."""
+    """kd_weight · T² · divergence + ce_weight · cross-entropy, from hidden states and heads."""
 
     divergence: kd.Divergence
     temperature: float
     kd_weight: float
     ce_weight: float
 
-    def fused(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor,
-        record: Callable[[kd.RowStats], None] | None = None,
-    ) -> Tensor:
-        """The loss by kdkernels; its statistics, which it has anyway, go to ``record``."""
-        loss, stats = kd.distillation_loss(
-            student,
-            teacher,
-            labels,
+    @cached_property
+    def linear_loss(self) -> kd.LinearDistillationLoss:
+        return kd.LinearDistillationLoss(
             divergence=self.divergence,
             temperature=self.temperature,
             kd_weight=self.kd_weight,
             ce_weight=self.ce_weight,
             return_stats=True,
         )
+
+    def fused(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        *,
+        teacher: kd.LinearTeacher,
+        labels: Tensor,
+        record: Callable[[kd.RowStats], None] | None = None,
+    ) -> Tensor:
+        """The loss by kdkernels; its statistics, which it has anyway, go to ``record``."""
+        loss, stats = self.linear_loss(hidden, weight, teacher, labels)
         if record is not None:
             record(stats)
         return loss
 
-    def eager(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    def eager(self, hidden: Tensor, weight: Tensor, *, teacher: kd.LinearTeacher, labels: Tensor) -> Tensor:
         """The same as it is usually written in PyTorch; bfloat16 logits are upcast, as Transformers does."""
-        student, teacher = student.float().flatten(0, -2), teacher.float().flatten(0, -2)
+        student_logits = F.linear(hidden, weight).float().flatten(0, -2)
+        teacher_logits = F.linear(*teacher).float().flatten(0, -2)
         divergence = eager_divergence(
             self.divergence,
-            F.log_softmax(teacher / self.temperature, dim=-1),
-            F.log_softmax(student / self.temperature, dim=-1),
+            F.log_softmax(teacher_logits / self.temperature, dim=-1),
+            F.log_softmax(student_logits / self.temperature, dim=-1),
         )
-        cross_entropy = F.cross_entropy(student, labels.flatten())
+        cross_entropy = F.cross_entropy(student_logits, labels.flatten())
         return self.kd_weight * self.temperature**2 * divergence + self.ce_weight * cross_entropy
 
 
@@ -101,30 +107,31 @@ def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one forward and backward pass of a loss takes."""
+    """What the way from hidden states to loss and gradients takes."""
 
     milliseconds: float
     peak_mebibytes: float | None  # above the inputs; None where it cannot be measured
     loss: float
 
 
-def measure(loss: Loss, student: Tensor, teacher: Tensor, labels: Tensor, runs: int) -> Cost:
-    """Median time and peak memory of the loss on student logits that are a leaf."""
-    value = forward_backward(loss, student, teacher, labels).item()
-    peak = peak_memory(lambda: forward_backward(loss, student, teacher, labels), student.device)
+def measure(loss: Loss, hidden: Tensor, weight: Tensor, runs: int) -> Cost:
+    """Median time and peak memory of the loss and of its gradients for hidden states and head."""
+    value = forward_backward(loss, hidden, weight).item()
+    peak = peak_memory(lambda: forward_backward(loss, hidden, weight), hidden.device)
     times = []
     for _ in range(runs):
-        synchronize(student.device)
+        synchronize(hidden.device)
         start = time.perf_counter()
-        forward_backward(loss, student, teacher, labels)
-        synchronize(student.device)
+        forward_backward(loss, hidden, weight)
+        synchronize(hidden.device)
         times.append(1e3 * (time.perf_counter() - start))
     return Cost(statistics.median(times), None if peak is None else peak / 2**20, value)
 
 
-def forward_backward(loss: Loss, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    leaf = student.detach().requires_grad_()  # shares the memory; its gradient is gone with it
-    value = loss(leaf, teacher, labels)
+def forward_backward(loss: Loss, hidden: Tensor, weight: Tensor) -> Tensor:
+    leaves = [tensor.detach().requires_grad_() for tensor in (hidden, weight)]  # their gradients are gone with them
+    with precision(hidden.device):
+        value = loss(*leaves)
     value.backward()
     return value.detach()
 
@@ -148,6 +155,8 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
 
 def peak_resident_memory(run: Callable[[], object]) -> int | None:
     """The same by Linux's count of the process's resident memory; None on another system."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the C library keeps would hide what the run takes from it
     try:
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
         before = resident_memory("VmRSS")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,7 +78,8 @@ class Results:
             times, memory = (eager.milliseconds, fused.milliseconds), (eager.peak_mebibytes, fused.peak_mebibytes)
             rows.append([name, *pair(times, "ms"), *pair(memory, "MiB")])
         return (
-            f"The loss alone, forward and backward, {self.cost_shape}\n{table(rows)}\n"
+            "From hidden states to the gradients of hidden states and head weight, forward and backward:\n"
+            f"{self.cost_shape}\n{table(rows)}\n"
             f"Time: median of {self.settings['cost_runs']} runs. Memory: peak above the inputs. {self.agreement()}"
         )
 
@@ -117,10 +119,10 @@ class Results:
         grid = figure.add_gridspec(2, 2, width_ratios=(1.8, 1))
         self.plot_curves(figure.add_subplot(grid[:, 0]))
         times, memory = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
-        self.plot_costs(times, "milliseconds", "Time of the loss (ms)")
-        self.plot_costs(memory, "peak_mebibytes", "Peak memory of the loss (MiB)")
+        self.plot_costs(times, "milliseconds", "Head, loss, gradients: time (ms)")
+        self.plot_costs(memory, "peak_mebibytes", "Head, loss, gradients: peak (MiB)")
         times.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.4, 1.12))
-        memory.set_xlabel(self.cost_shape)
+        memory.set_xlabel(textwrap.fill(self.cost_shape, 44))
         figure.savefig(path)
 
     def plot_curves(self, axes: Axes) -> None:

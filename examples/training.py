@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 Batch = tuple[Tensor, Tensor]  # token ids and their labels, (sequences, tokens) each
+Loss = Callable[[Tensor, Tensor], Tensor]  # of last hidden states (..., H) and the head's weight (V, H)
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def head_parameters(model: nn.Module) -> int:
-    return model.get_parameter("lm_head.weight").numel()
+def head_weight(model: nn.Module) -> nn.Parameter:
+    """(vocabulary, width), the embedding's too."""
+    return model.get_parameter("lm_head.weight")
 
 
 def windows(stream: Tensor, context: int) -> Batch:
@@ -86,14 +88,25 @@ def held_out_batches(stream: Tensor, context: int, sequences: int, count: int, s
     return [next(batches) for _ in range(min(count, available))]
 
 
+def product_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 matrix products on a GPU, float32 on the CPU; parameters are float32 on both."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def precision(device: torch.device) -> torch.autocast:
-    """bfloat16 matrix products on a GPU, float32 on the CPU."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+    """Autocast to that dtype."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=product_dtype(device) == torch.bfloat16)
 
 
-def compute_logits(model: nn.Module, ids: Tensor) -> Tensor:
+def compute_hidden(model: nn.Module, ids: Tensor) -> Tensor:
+    """What the head gets to see, (sequences, tokens, width)."""
     with precision(ids.device):
-        return model(input_ids=ids).logits
+        return model.get_submodule("model")(input_ids=ids).last_hidden_state
+
+
+def hard_label_loss(hidden: Tensor, weight: Tensor, *, labels: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight)
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 
 @torch.no_grad()
@@ -102,8 +115,9 @@ def held_out_loss(model: nn.Module, batches: list[Batch], device: torch.device) 
     model.eval()
     total = 0.0
     for ids, labels in batches:
-        logits = compute_logits(model, ids.to(device))
-        total += F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().to(device)).item()
+        hidden = compute_hidden(model, ids.to(device))
+        with precision(device):
+            total += hard_label_loss(hidden, head_weight(model), labels=labels.to(device)).item()
     model.train()
     return total / len(batches)
 
@@ -122,12 +136,19 @@ class Trainer:
             self.optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
         )
 
-    def step(self, ids: Tensor, loss_of_logits: Callable[[Tensor], Tensor]) -> Tensor:
-        """One update; returns the loss, detached and still on its device."""
-        loss = loss_of_logits(compute_logits(self.model, ids))
+    def backward(self, ids: Tensor, loss_of_hidden: Loss) -> Tensor:
+        """Gradients of the loss; returns the loss, detached and still on its device."""
+        hidden = compute_hidden(self.model, ids)
+        with precision(ids.device):
+            loss = loss_of_hidden(hidden, head_weight(self.model))
         loss.backward()
+        return loss.detach()
+
+    def step(self, ids: Tensor, loss_of_hidden: Loss) -> Tensor:
+        """One update; returns the loss."""
+        loss = self.backward(ids, loss_of_hidden)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
-        return loss.detach()
+        return loss
