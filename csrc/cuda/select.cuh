@@ -339,23 +339,28 @@ class SelectTotals {
     *mine = make_uint4(0, 0, 0, 0);
     if (lane_ == 0) memory_->listed = 0;
     const int b = count_ & 1;
-    const uint32_t list = shared_address(of_blocks_ + (b * blocks_ + rank_) * kBins + lane_ * 4);
+    uint32_t* list = of_blocks_ + (b * blocks_ + rank_) * kBins + lane_ * 4;
     // What is listed, and whether it is more than a list holds.
     float sums = lane_ == 0 ? float(listed) : lane_ == 8 && listed > kListed ? 1 : 0;
-    const uint32_t barrier = shared_address(&memory_->sent[b]);
-    const uint32_t sum = shared_address(&memory_->sums_of_blocks[b][lane_ / 8][rank_]);
-    for (int block = 0; block < blocks_; block++) {
-      const uint32_t there = address_in(barrier, block);
-      store_remote(address_in(list, block), four, there);
-      if (lane_ % 8 == 0) store_remote(address_in(sum, block), sums, there);
-    }
-    if (lane_ == 0) barrier_arrive_expecting(barrier, blocks_ * (kListed + 4) * 4);
-    barrier_wait_cluster(barrier, count_ >> 1 & 1);
-    count_++;
-    float v[4];
+    if (blocks_ == 1) {
+      *reinterpret_cast<uint4*>(list) = four;
+      __syncwarp();
+    } else {
+      const uint32_t barrier = shared_address(&memory_->sent[b]), here = shared_address(list);
+      const uint32_t sum = shared_address(&memory_->sums_of_blocks[b][lane_ / 8][rank_]);
+      for (int block = 0; block < blocks_; block++) {
+        const uint32_t there = address_in(barrier, block);
+        store_remote(address_in(here, block), four, there);
+        if (lane_ % 8 == 0) store_remote(address_in(sum, block), sums, there);
+      }
+      if (lane_ == 0) barrier_arrive_expecting(barrier, blocks_ * (kListed + 4) * 4);
+      barrier_wait_cluster(barrier, count_ >> 1 & 1);
+      count_++;
+      float v[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) v[i] = lane_ < blocks_ ? memory_->sums_of_blocks[b][i][lane_] : 0;
-    sums = warp_sums(v, lane_);
+      for (int i = 0; i < 4; i++) v[i] = lane_ < blocks_ ? memory_->sums_of_blocks[b][i][lane_] : 0;
+      sums = warp_sums(v, lane_);
+    }
     const int total = int(__shfl_sync(kAllLanes, sums, 0)), wanted = int(amount_);
     if (__shfl_sync(kAllLanes, sums, 8) > 0) {
       rounds_++;
