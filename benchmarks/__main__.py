@@ -82,8 +82,8 @@ def _add_linear(bench: argparse.ArgumentParser) -> None:
         metavar="WORD",
         nargs="+",
         default=[],
-        help="ours, peers: the others are left out; plot, accuracy, ignored, or a part of a case's title: the other "
-        "cases are. No files without --output, --merge",
+        help="ours, peers: the others are left out; plot, accuracy, ignored, divergences, or a part of a case's title: "
+        "the other cases are. No files without --output, --merge",
     )
     bench.add_argument(
         "--without", metavar="NAME", nargs="+", default=[], help="leave out implementations whose name contains this"
@@ -109,7 +109,7 @@ def document_blocks() -> dict[Path, dict[str, str]]:
         if (file := RESULTS / f"{name}.json").exists()
     }
     readme = dict.fromkeys(("rows-cuda", "rows-cpu", "linear-cuda", "linear-cpu"), "")
-    linear_page = {"linear-accuracy": "", "linear-ignored": ""}
+    linear_page = {"linear-accuracy": "", "linear-divergences": "", "linear-ignored": ""}
     page = dict.fromkeys(("decoupled-cuda", "decoupled-cpu"), "")
     if "rows-cpu" in results:
         cpu = results["rows-cpu"]
@@ -129,6 +129,7 @@ def document_blocks() -> dict[Path, dict[str, str]]:
         drawn = (RESULTS / "linear-cuda.png").exists()
         readme["linear-cuda"] = _paragraphs(report_linear.summary(gpu), picture if drawn else "")
         linear_page["linear-accuracy"] = report_linear.accuracy(gpu)
+        linear_page["linear-divergences"] = report_linear.divergences(gpu)
         linear_page["linear-ignored"] = report_linear.ignored(gpu)
     return {ROOT / "README.md": readme, ROOT / "docs/decoupled.md": page, ROOT / "docs/linear.md": linear_page}
 

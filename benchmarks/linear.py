@@ -14,7 +14,7 @@ from torch import Tensor
 import kdkernels as kd
 from benchmarks.environment import describe
 from benchmarks.guard import release, said
-from benchmarks.linear_cases import Case
+from benchmarks.linear_cases import DIVERGENCES, Case
 from benchmarks.linear_inputs import CHECKED_ROWS, CHECKED_TOKENS, DESCRIPTION, Data, Exact, draw
 from benchmarks.linear_peers import BARE, BARE_TIMED, SHORT, Contender, contenders
 from benchmarks.memory import peak_above_now
@@ -26,9 +26,10 @@ TIMING = (
     "Forward and backward with the gradients of the student's hidden states and weight, fresh each time. CUDA events "
     "around each call, queued without waiting in between; the median. One implementation after another, all memory "
     "freed in between; the four products alone are timed before each of them, and count with the median of all those "
-    "calls. Peak memory: the allocator's, above the inputs, so the gradients are in it. Errors: ‖gradient - exact‖ / "
-    f"‖exact‖ of the first call, over {CHECKED_ROWS} rows of dX and {CHECKED_TOKENS} of dW spread over the batch and "
-    "the vocabulary; for accuracy over all of both; exact from materialised logits in fp64."
+    "calls; they run for a second and a half before the first, so that nobody is timed on a cool GPU. Peak memory: "
+    "the allocator's, above the inputs, so the gradients are in it. Errors: ‖gradient - exact‖ / ‖exact‖ of the first "
+    f"call, over {CHECKED_ROWS} rows of dX and {CHECKED_TOKENS} of dW spread over the batch and the vocabulary; for "
+    "accuracy over all of both; exact from materialised logits in fp64."
 )
 TIMING_CPU = (
     "Forward and backward with the gradients of the student's hidden states and weight, fresh each time; medians of "
@@ -40,13 +41,14 @@ TIMING_CPU = (
 @dataclass(frozen=True)
 class Effort:
     """How long to measure: calls for about ``seconds`` a turn, at least ``least``, at most ``most``; peers that would
-    begin after ``minutes`` are left out."""
+    begin after ``minutes`` are left out. On a GPU the bare products run for ``warm_seconds`` first."""
 
     turns: int = 1
     seconds: float = 0.4
     least: int = 5
     most: int = 20
     bare_calls: int = 3
+    warm_seconds: float = 1.5
     minutes: float = 4.0
 
     def count(self, pace_ms: float) -> int:
@@ -54,6 +56,7 @@ class Effort:
 
 
 FULL = Effort()
+DIVERGENCE_TURNS = 5
 ON_CPU = Effort(turns=3, seconds=0.5, least=3, most=10)
 
 
@@ -78,6 +81,14 @@ def bare(case: Case, data: Data, device: str, calls: int) -> list[float]:
         if torch.device(device).type == "cpu":
             products()
         return queued(products, device, calls)
+
+
+def warm(case: Case, data: Data, device: str, effort: Effort) -> None:
+    """A GPU at work is hotter, and slower, than one that has waited."""
+    if torch.device(device).type == "cuda":
+        pace = statistics.median(bare(case, data, device, 3))
+        bare(case, data, device, int(1e3 * effort.warm_seconds / pace))
+        release()
 
 
 @dataclass(frozen=True)
@@ -129,6 +140,7 @@ def measure(case: Case, field: Sequence[Contender], device: str, effort: Effort,
     data = draw(case, device)
     exact = Exact(data)
     release()
+    warm(case, data, device, effort)
     lines, jobs = [], []
     products: list[float] = []
     for contender in field:
@@ -210,6 +222,35 @@ def measure_accuracy(case: Case, field: Sequence[Contender], device: str, deadli
     return lines
 
 
+def measure_divergences(case: Case, device: str, effort: Effort) -> list[Line]:
+    """Our milliseconds for every divergence, in turns."""
+    data = draw(case, device)
+    teacher = kd.LinearTeacher(data.teacher_hidden, data.teacher_weight)
+    warm(case, data, device, effort)
+    times: dict[str, list[float]] = {name: [] for name in DIVERGENCES}
+    for _ in range(DIVERGENCE_TURNS):
+        for name, divergence in DIVERGENCES.items():
+
+            def step(divergence: kd.Divergence = divergence) -> None:
+                data.forget_gradients()
+                kd.linear_distillation_loss(
+                    data.student_hidden, data.student_weight, teacher, divergence=divergence
+                ).backward()
+
+            step()
+            times[name] += queued(step, device, effort.bare_calls)
+    medians = {name: statistics.median(of_name) for name, of_name in times.items()}
+    return [
+        {
+            "implementation": name,
+            "timed": "kd.linear_distillation_loss, the default workspace; all divergences in turns",
+            "divergence_ms": spent,
+            "over_forward_kl": spent / medians["forward_kl"],
+        }
+        for name, spent in medians.items()
+    ]
+
+
 def measure_ignored(case: Case, device: str, effort: Effort) -> list[Line]:
     """Our milliseconds by the part of the tokens that counts for nothing: all rows multiplied, and those that count."""
     data = draw(case, device)
@@ -251,6 +292,8 @@ def _cells(entry: dict[str, Any]) -> Iterator[str]:
             yield f"{line['implementation']} {line['milliseconds']:.2f} ms{peak}{errors}"
         elif "error" in line:
             yield f"{line['implementation']}: {line['error'][:100]}"
+        elif "divergence_ms" in line:
+            yield f"{line['implementation']}: {line['divergence_ms']:.2f} ms, {line['over_forward_kl']:.3f}"
         elif "by_ignored" in line:
             yield f"{line['implementation']}: {' '.join(f'{ms:.2f}' for ms in line['by_ignored'].values())} ms"
         else:
@@ -286,7 +329,9 @@ def run(
         result["results"].append(entry)
         field = contenders(case, device, words, without)
         try:
-            if case.kind == "ignored":
+            if case.kind == "divergences":
+                entry["rows"] = measure_divergences(case, device, effort)
+            elif case.kind == "ignored":
                 entry["rows"] = measure_ignored(case, device, effort)
             elif case.kind == "accuracy":
                 entry["rows"] = measure_accuracy(case, field, device, deadline)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import kdkernels as kd
 
-Kind = Literal["loss", "sizes", "accuracy", "ignored"]
+Kind = Literal["loss", "sizes", "accuracy", "ignored", "divergences"]
 Field = Literal["ours", "kernels", "all"]
 
 MIB = 2**20
@@ -24,6 +24,7 @@ PREFIXES: dict[Kind, str] = {
     "sizes": "chunk sizes, ",
     "accuracy": "accuracy, ",
     "ignored": "ignored tokens, ",
+    "divergences": "divergences in turns, ",
 }
 
 
@@ -38,6 +39,7 @@ class Case:
         kind: "loss": time, memory and errors of everyone in its field. "sizes": the same for those whose memory can be
             set, at each of ``workspaces`` and ``chunks``. "accuracy": errors alone, at each of ``noises``.
             "ignored": our time with each of ``ignored`` of the tokens' labels ignored, with and without ``compact``.
+            "divergences": our time for each of :data:`DIVERGENCES`, measured in turns.
         logits: the dtypes of our logits.
         workspaces: bounds of our workspace in bytes; in a "loss" case besides the default.
         chunks: the peers' rows a chunk.
@@ -84,6 +86,7 @@ def full() -> list[Case]:
         Case("forward_kl", 1024, width, student, teacher),
         accuracy(256, 32000, 1024),
         Case("forward_kl", *headline, kind="ignored", ignored=IGNORED, logits=("float32",), field="ours"),
+        Case("forward_kl", *headline, kind="divergences", logits=("float32",), field="ours"),
         Case("forward_kl", rows, 151936, 4096, 4096, field="kernels"),
         Case("jensen_shannon", *headline, logits=("float32",)),
         Case("CAKD top-k 32", *headline, logits=("float32",), field="ours"),
@@ -102,6 +105,7 @@ def quick() -> list[Case]:
         Case("forward_kl", *headline, kind="sizes", workspaces=(2 * MIB, 8 * MIB), chunks=(64,)),
         accuracy(64, 4096, 256),
         Case("forward_kl", *headline, kind="ignored", ignored=IGNORED, logits=("float32",), field="ours"),
+        Case("forward_kl", *headline, kind="divergences", logits=("float32",), field="ours"),
     ]
 
 
@@ -116,7 +120,7 @@ def cpu(rows: int = 512, width: int = 32000, hidden: int = 256) -> list[Case]:
 def select(cases: Sequence[Case], words: Sequence[str]) -> list[Case]:
     """The cases that --only names: "plot", "accuracy", or a part of a title. No such word: every case."""
     wanted = [word for word in words if word not in ("ours", "peers")]
-    kinds = {"plot": "sizes", "accuracy": "accuracy", "ignored": "ignored"}
+    kinds = {"plot": "sizes", "accuracy": "accuracy", "ignored": "ignored", "divergences": "divergences"}
     return [
         case
         for case in cases

@@ -108,7 +108,7 @@ def markdown(result: Result) -> str:
                 f"| {line['over_bare']:.2f} | {line['teraflops']:.3g} | {peak} "
                 f"| {_error(line.get('hidden_error'))} | {_error(line.get('weight_error'))} |"
             )
-    parts = ["\n".join(lines), accuracy_table(result), ignored_table(result)]
+    parts = ["\n".join(lines), accuracy_table(result), divergences_table(result), ignored_table(result)]
     if failures := not_measured(result):
         parts.append("\n".join(["Not measured:", "", *(f"- {failure}" for failure in failures)]))
     notes = dict.fromkeys((line["implementation"], line["timed"]) for e in result["results"] for line in e["rows"])
@@ -188,6 +188,29 @@ def ignored(result: Result) -> str:
     """The page's table of times by the part of the tokens that is ignored; "" where it was not measured."""
     table = ignored_table(result)
     return f"{table}\n\n{_provenance(result, of_kind(result, 'ignored'))}" if table else ""
+
+
+def divergences(result: Result) -> str:
+    """The page's table of times by divergence; "" where it was not measured."""
+    table = divergences_table(result)
+    return f"{table}\n\n{_provenance(result, of_kind(result, 'divergences'))}" if table else ""
+
+
+def divergences_table(result: Result) -> str:
+    tables = []
+    for entry in of_kind(result, "divergences"):
+        found = [line for line in entry["rows"] if "divergence_ms" in line]
+        if not found:
+            continue
+        lines = [
+            f"Milliseconds by divergence, {shape(entry)}, bf16, fp32 logits, measured in turns:",
+            "",
+            f"| {' | '.join(line['implementation'] for line in found)} |",
+            "|" + "---:|" * len(found),
+            "| " + " | ".join(f"{line['divergence_ms']:.1f}, {line['over_forward_kl']:.2f}×" for line in found) + " |",
+        ]
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def ignored_table(result: Result) -> str:

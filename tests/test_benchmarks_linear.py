@@ -151,7 +151,7 @@ def test_the_cases_and_who_runs():
             names = [contender.name for contender in linear_peers.contenders(case, "cuda")]
             assert len(set(names)) == len(names)
             assert names[0].startswith(FP32)
-    assert {case.kind for case in full} == {"loss", "sizes", "accuracy", "ignored"}
+    assert {case.kind for case in full} == {"loss", "sizes", "accuracy", "ignored", "divergences"}
     assert {case.divergence for case in full} == set(linear_cases.DIVERGENCES)
     headline = linear_peers.contenders(full[0], "cuda")
     assert [c.name for c in headline if c.ours] == [FP32, BF16, f"{FP32}, 512 MiB", f"{BF16}, 512 MiB"]
@@ -390,3 +390,14 @@ def test_ignored_tokens_are_timed_with_and_without_compact():
     table = report_linear.ignored_table({"results": [{**entry, "rows": rows}]})
     assert "| | 0 % | 50 % |" in table
     assert "| `compact=True` | 11.0 | 6.0 |" in table
+
+
+def test_divergences_are_timed_in_turns():
+    (entry,) = linear.run([replace(PLAIN, kind="divergences")], "cpu", TINY)["results"]
+    assert "error" not in entry
+    assert set(by_name(entry)) == set(linear_cases.DIVERGENCES)
+    assert by_name(entry)["forward_kl"]["over_forward_kl"] == 1
+    rows = [{"implementation": "forward_kl", "divergence_ms": 10.0, "over_forward_kl": 1.0}]
+    rows.append({"implementation": "jensen_shannon", "divergence_ms": 10.5, "over_forward_kl": 1.05})
+    table = report_linear.divergences_table({"results": [{**entry, "rows": rows}]})
+    assert "| 10.0, 1.00× | 10.5, 1.05× |" in table
