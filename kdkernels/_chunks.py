@@ -38,10 +38,11 @@ class Machine:
     step: int  # groups are multiples of this, and chunks, but for the last; those of some size multiples of thrice it
     group: int  # the default: rows whose gradient is kept, and rows of logits beside it
     scratch: int
+    alone: int  # the default without a weight gradient: rows of a chunk
 
 
-GPU = Machine(288, 40, 1280, 192, 640, step=64, group=8192, scratch=768)
-CPU = Machine(64, 8, 32, 8, 8, step=8, group=128, scratch=64)
+GPU = Machine(288, 40, 1280, 192, 640, step=64, group=8192, scratch=768, alone=1024)
+CPU = Machine(64, 8, 32, 8, 8, step=8, group=48, scratch=48, alone=48)
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def default_plan(rows: int, row: RowBytes, weight_bytes: int, machine: Machine, 
     gone: that buffer may take as much.
     """
     if not keep:
-        group = _even_size(rows, -(-rows // (machine.group // 8)), machine.step)
+        group = _even_size(rows, -(-rows // machine.alone), machine.step)
         return Plan(group, group * row.gradient, group * row.logits, (Chunk(0, group, True, True),))
     group = _even_size(rows, -(-rows // machine.group), machine.step)
     room = (machine.group - group) * row.gradient + machine.scratch * row.logits
