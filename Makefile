@@ -27,6 +27,7 @@ lint: $(BUILT)
 
 bench: $(BUILT)
 	$(PY) -m benchmarks rows --device cpu
+	$(PY) -m benchmarks linear --device cpu
 
 clean:
 	rm -rf build $(BUILT) kdkernels/*.so kdkernels/_C.pyi

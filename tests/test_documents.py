@@ -24,9 +24,22 @@ def test_the_examples_run_in_order(document):
         for block in blocks:
             # The same code on a smaller vocabulary: what is tested is that it runs as pasted.
             exec(block.replace("32000", "320"), names)
+    if document == "README.md":
+        assert names["student_weight"].grad.abs().sum() > 0
     gradient = names["student_logits"].grad
     assert gradient.shape == (4, 512, 320)
     assert gradient.isfinite().all()
+
+
+def test_the_example_from_hidden_states_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/linear.md").read_text(), flags=re.DOTALL)
+    torch.manual_seed(0)
+    names: dict = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exec(block, names)
+    assert names["hidden"].grad.isfinite().all()
+    assert names["weight"].grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("document", benchmarks_main.document_blocks(), ids=lambda path: path.name)

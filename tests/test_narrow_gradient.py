@@ -31,7 +31,7 @@ A_FEW = pytest.mark.parametrize(
 NARROW = (torch.bfloat16, torch.float16)
 # The interpreter is slow, and one 16-bit type is as the other but for the rounding.
 WIDTHS = {
-    "cpu": {7: NARROW},
+    "cpu": {7: NARROW[:1]},
     "cuda": {7: NARROW, 1000: NARROW, 50257: NARROW, 128256: NARROW},
 }
 SCALES = torch.tensor([1.0, 0.0, 0.5, -1.0])
@@ -230,7 +230,7 @@ def test_models_that_nearly_agree(where, make, noise):
     student, teacher = (x.to(device) for x in logits_pair(4, width, noise=noise))
     divergence = on_device(make(width), device)
     expected = reference_gradient(student, teacher, divergence, ce_weight=0.0)
-    for dtype in NARROW[:1] if device == "cpu" else NARROW:
+    for dtype in NARROW[1:] if device == "cpu" else NARROW:
         gradient = torch.full_like(student, POISON, dtype=dtype)
         sweep(backend, student, teacher, divergence, gradient, ce_weight=0.0)
         assert_rounded(str(dtype), gradient, expected, BOUNDS[dtype][1])
