@@ -109,7 +109,7 @@ def document_blocks() -> dict[Path, dict[str, str]]:
         if (file := RESULTS / f"{name}.json").exists()
     }
     readme = dict.fromkeys(("rows-cuda", "rows-cpu", "linear-cuda", "linear-cpu"), "")
-    linear_page = {"linear-accuracy": "", "linear-divergences": "", "linear-ignored": ""}
+    linear_page = {f"linear-{kind}": "" for kind in report_linear.PAGES}
     page = dict.fromkeys(("decoupled-cuda", "decoupled-cpu"), "")
     if "rows-cpu" in results:
         cpu = results["rows-cpu"]
@@ -128,9 +128,7 @@ def document_blocks() -> dict[Path, dict[str, str]]:
         picture = "![time and memory from hidden states](benchmarks/results/linear-cuda.png)"
         drawn = (RESULTS / "linear-cuda.png").exists()
         readme["linear-cuda"] = _paragraphs(report_linear.summary(gpu), picture if drawn else "")
-        linear_page["linear-accuracy"] = report_linear.accuracy(gpu)
-        linear_page["linear-divergences"] = report_linear.divergences(gpu)
-        linear_page["linear-ignored"] = report_linear.ignored(gpu)
+        linear_page = {f"linear-{kind}": report_linear.page(gpu, kind) for kind in report_linear.PAGES}
     return {ROOT / "README.md": readme, ROOT / "docs/decoupled.md": page, ROOT / "docs/linear.md": linear_page}
 
 

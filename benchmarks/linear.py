@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from benchmarks.environment import describe
 from benchmarks.guard import release, said
 from benchmarks.linear_cases import DIVERGENCES, Case
 from benchmarks.linear_inputs import CHECKED_ROWS, CHECKED_TOKENS, DESCRIPTION, Data, Exact, draw
-from benchmarks.linear_peers import BARE, BARE_TIMED, SHORT, Contender, contenders
+from benchmarks.linear_peers import BARE, BARE_TIMED, SHORT, Contender, contenders, ours
 from benchmarks.memory import peak_above_now
 from benchmarks.timing import queued
 
@@ -225,18 +225,11 @@ def measure_accuracy(case: Case, field: Sequence[Contender], device: str, deadli
 def measure_divergences(case: Case, device: str, effort: Effort) -> list[Line]:
     """Our milliseconds for every divergence, in turns."""
     data = draw(case, device)
-    teacher = kd.LinearTeacher(data.teacher_hidden, data.teacher_weight)
     warm(case, data, device, effort)
     times: dict[str, list[float]] = {name: [] for name in DIVERGENCES}
     for _ in range(DIVERGENCE_TURNS):
         for name, divergence in DIVERGENCES.items():
-
-            def step(divergence: kd.Divergence = divergence) -> None:
-                data.forget_gradients()
-                kd.linear_distillation_loss(
-                    data.student_hidden, data.student_weight, teacher, divergence=divergence
-                ).backward()
-
+            step = _step(ours(case.logits[0]), replace(data, divergence=divergence))
             step()
             times[name] += queued(step, device, effort.bare_calls)
     medians = {name: statistics.median(of_name) for name, of_name in times.items()}
@@ -254,29 +247,15 @@ def measure_divergences(case: Case, device: str, effort: Effort) -> list[Line]:
 def measure_ignored(case: Case, device: str, effort: Effort) -> list[Line]:
     """Our milliseconds by the part of the tokens that counts for nothing: all rows multiplied, and those that count."""
     data = draw(case, device)
-    teacher = kd.LinearTeacher(data.teacher_hidden, data.teacher_weight)
     lines: list[Line] = []
     for compact in (False, True):
         timed = f"kd.linear_distillation_loss(compact={compact}), labels ignored at random"
         line: Line = {"implementation": f"compact={compact}", "timed": timed, "by_ignored": {}}
         lines.append(line)
         for part in case.ignored:
-            generator = torch.Generator().manual_seed(1)
-            ignored = torch.rand(case.rows, generator=generator) < part
+            ignored = torch.rand(case.rows, generator=torch.Generator().manual_seed(1)) < part
             labels = torch.where(ignored, -100, 0).to(device)
-
-            def step(labels: Tensor = labels, compact: bool = compact) -> None:
-                data.forget_gradients()
-                loss = kd.linear_distillation_loss(
-                    data.student_hidden,
-                    data.student_weight,
-                    teacher,
-                    labels,
-                    divergence=data.divergence,
-                    compact=compact,
-                )
-                loss.backward()
-
+            step = _step(ours(case.logits[0], labels=labels, compact=compact), data)
             step()
             line["by_ignored"][f"{part:g}"] = statistics.median(queued(step, device, effort.most))
         data.forget_gradients()

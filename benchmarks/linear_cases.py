@@ -118,11 +118,10 @@ def cpu(rows: int = 512, width: int = 32000, hidden: int = 256) -> list[Case]:
 
 
 def select(cases: Sequence[Case], words: Sequence[str]) -> list[Case]:
-    """The cases that --only names: "plot", "accuracy", or a part of a title. No such word: every case."""
+    """The cases that --only names: "plot", or a part of a title. No such word: every case."""
     wanted = [word for word in words if word not in ("ours", "peers")]
-    kinds = {"plot": "sizes", "accuracy": "accuracy", "ignored": "ignored", "divergences": "divergences"}
-    return [
-        case
-        for case in cases
-        if not wanted or any(case.kind == kinds.get(word) or word.lower() in case.title.lower() for word in wanted)
-    ]
+
+    def named(case: Case, word: str) -> bool:
+        return case.kind == "sizes" if word == "plot" else word.lower() in case.title.lower()
+
+    return [case for case in cases if not wanted or any(named(case, word) for word in wanted)]

@@ -69,7 +69,7 @@ def mebibytes(count: int) -> str:
     return f"{count / GIB:g} GiB" if count >= GIB else f"{count / MIB:g} MiB"
 
 
-def ours(logits: str, workspace: int | None = None) -> Contender:
+def ours(logits: str, workspace: int | None = None, labels: Tensor | None = None, compact: bool = False) -> Contender:
     def make(data: Data) -> Loss:
         hidden = data.student_hidden
         if kd.backends.choose(hidden.device, hidden.dtype) == "reference":
@@ -78,9 +78,11 @@ def ours(logits: str, workspace: int | None = None) -> Contender:
             data.student_hidden,
             data.student_weight,
             kd.LinearTeacher(data.teacher_hidden, data.teacher_weight),
+            labels,
             divergence=data.divergence,
             logits_dtype=getattr(torch, logits),
             workspace_bytes=workspace,
+            compact=compact,
         )
 
     timed = f"kd.linear_distillation_loss(logits_dtype=torch.{logits}"

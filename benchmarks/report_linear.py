@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def markdown(result: Result) -> str:
                 f"| {line['over_bare']:.2f} | {line['teraflops']:.3g} | {peak} "
                 f"| {_error(line.get('hidden_error'))} | {_error(line.get('weight_error'))} |"
             )
-    parts = ["\n".join(lines), accuracy_table(result), divergences_table(result), ignored_table(result)]
+    parts = ["\n".join(lines), *(table(result) for table in PAGES.values())]
     if failures := not_measured(result):
         parts.append("\n".join(["Not measured:", "", *(f"- {failure}" for failure in failures)]))
     notes = dict.fromkeys((line["implementation"], line["timed"]) for e in result["results"] for line in e["rows"])
@@ -152,10 +152,10 @@ def summary(result: Result) -> str:
     return "\n".join([*lines, "", *([note, ""] if curves else []), _provenance(result, entries)])
 
 
-def accuracy(result: Result) -> str:
-    """The page's table of errors by the noise between the models; "" where it was not measured."""
-    table = accuracy_table(result)
-    return f"{table}\n\n{_provenance(result, of_kind(result, 'accuracy'))}" if table else ""
+def page(result: Result, kind: str) -> str:
+    """A page's table of the cases of this kind (of :data:`PAGES`) and what they were measured on; "" without any."""
+    table = PAGES[kind](result)
+    return f"{table}\n\n{_provenance(result, of_kind(result, kind))}" if table else ""
 
 
 def accuracy_table(result: Result) -> str:
@@ -182,18 +182,6 @@ def accuracy_table(result: Result) -> str:
             lines.append(f"| {line['implementation']} | {' | '.join(cells)} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
-
-
-def ignored(result: Result) -> str:
-    """The page's table of times by the part of the tokens that is ignored; "" where it was not measured."""
-    table = ignored_table(result)
-    return f"{table}\n\n{_provenance(result, of_kind(result, 'ignored'))}" if table else ""
-
-
-def divergences(result: Result) -> str:
-    """The page's table of times by divergence; "" where it was not measured."""
-    table = divergences_table(result)
-    return f"{table}\n\n{_provenance(result, of_kind(result, 'divergences'))}" if table else ""
 
 
 def divergences_table(result: Result) -> str:
@@ -232,6 +220,13 @@ def ignored_table(result: Result) -> str:
             lines.append(f"| `{line['implementation']}` | {cells} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
+
+
+PAGES: dict[str, Callable[[Result], str]] = {
+    "accuracy": accuracy_table,
+    "divergences": divergences_table,
+    "ignored": ignored_table,
+}
 
 
 def cpu(result: Result) -> str:

@@ -85,11 +85,20 @@ class Arguments(RowArguments):
     teacher: Tensor
 
 
+def check_float(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def check_same_device(name: str, tensor: Tensor, other: str, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, {other} on {device}; move one of them")
+
+
 def check_logits(name: str, logits: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a Tensor of logits (..., V), got {type(logits).__name__}")
-    if logits.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+    check_float(name, logits)
     if logits.dim() < 1:
         raise ValueError(f"{name} must have at least one dimension (..., V), got a scalar")
     if logits.shape[-1] < 1:
@@ -106,8 +115,7 @@ def _check_rows(name: str, value: Tensor, rows: Rows, dtypes: str) -> None:
         raise ValueError(
             f"{name} must have one entry per row of {rows.name}, shape {tuple(rows.shape)}, got {tuple(value.shape)}"
         )
-    if value.device != rows.device:
-        raise ValueError(f"{name} is on {value.device}, {rows.name} on {rows.device}; move one of them")
+    check_same_device(name, value, rows.name, rows.device)
     fits = value.is_floating_point() if dtypes == "float" else value.dtype == torch.int64
     if not fits:
         raise TypeError(f"{name} must be {dtypes}, got {value.dtype}")
@@ -227,8 +235,7 @@ def _check_mask(mask: Tensor, vocab_size: int, rows: Rows) -> None:
         raise ValueError(
             f"Given: mask must be (V,) or {(*tuple(rows.shape), 'V')} with V = {either}, got shape {tuple(mask.shape)}"
         )
-    if mask.device != rows.device:
-        raise ValueError(f"Given: mask is on {mask.device}, {rows.name} on {rows.device}; move one of them")
+    check_same_device("Given: mask", mask, rows.name, rows.device)
     if mask.stride(-1) != 1 and mask.shape[-1] > 1:
         raise ValueError(
             f"Given: mask must be contiguous in its last dimension, got strides {tuple(mask.stride())} "
@@ -307,8 +314,7 @@ def check(student_logits: Tensor, teacher: Tensor, labels: Tensor | None, **opti
             f"teacher must have the rows of student_logits, {tuple(student_logits.shape[:-1])}, "
             f"got {tuple(teacher.shape[:-1])}"
         )
-    if student_logits.device != teacher.device:
-        raise ValueError(f"teacher is on {teacher.device}, student_logits on {student_logits.device}; move one of them")
+    check_same_device("teacher", teacher, "student_logits", student_logits.device)
     widths = (student_logits.shape[-1], teacher.shape[-1])
     rows = Rows(student_logits.shape[:-1], student_logits.device, student_logits.dtype, widths)
     rest = check_rows(rows, labels, **options)

@@ -9,12 +9,13 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from kdkernels._arguments import (
-    FLOAT_DTYPES,
     LossOptions,
     RowArguments,
     Rows,
+    check_float,
     check_logits,
     check_rows,
+    check_same_device,
     warn_if_teacher_requires_grad,
 )
 from kdkernels.teachers import LinearTeacher
@@ -36,16 +37,19 @@ class LinearArguments:
     workspace_bytes: int | None
 
 
-def _check_operand(name: str, tensor: object, shape: str, dims: int | None) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a Tensor {shape}, got {type(tensor).__name__}")
+def _refuse_dtensor(name: str, tensor: Tensor) -> None:
     if hasattr(tensor, "full_tensor") and hasattr(tensor, "to_local"):
         raise TypeError(
             f"{name} is a DTensor, a part of which lies on each rank; gather it first and pass {name}.full_tensor(), "
             f"or, where every rank has all of it, {name}.to_local()"
         )
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def _check_operand(name: str, tensor: object, shape: str, dims: int | None) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor {shape}, got {type(tensor).__name__}")
+    _refuse_dtensor(name, tensor)
+    check_float(name, tensor)
     if (tensor.dim() < 1) if dims is None else (tensor.dim() != dims):
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
 
@@ -63,7 +67,7 @@ def _check_model(names: tuple[str, str, str], hidden: object, weight: object, bi
         )
     if weight.shape[0] < 1:
         raise ValueError(f"{w} must have at least one row, got shape {tuple(weight.shape)}")
-    _same_device(w, weight, h, hidden)
+    check_same_device(w, weight, h, hidden.device)
     if hidden.dtype != weight.dtype and (not autocast or torch.float64 in (hidden.dtype, weight.dtype)):
         raise TypeError(f"{h} is {hidden.dtype} and {w} {weight.dtype}; cast one, or use torch.autocast")
     if bias is None:
@@ -72,12 +76,7 @@ def _check_model(names: tuple[str, str, str], hidden: object, weight: object, bi
     assert isinstance(bias, Tensor)
     if bias.shape[0] != weight.shape[0]:
         raise ValueError(f"{b} must have one entry per row of {w}, {weight.shape[0]}, got {bias.shape[0]}")
-    _same_device(b, bias, h, hidden)
-
-
-def _same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    if tensor.device != other.device:
-        raise ValueError(f"{name} is on {tensor.device}, {other_name} on {other.device}; move one of them")
+    check_same_device(b, bias, h, hidden.device)
 
 
 def _logits_dtype(asked: torch.dtype, computed: torch.dtype) -> torch.dtype:
@@ -107,12 +106,15 @@ def check_linear(
     autocast = torch.is_autocast_enabled(kind)
     _check_model(("student_hidden", "student_weight", "student_bias"), hidden, weight, bias, autocast)
     compute = torch.get_autocast_dtype(kind) if autocast and hidden.dtype != torch.float64 else None
+    teacher_weight: Tensor | None = None
+    teacher_bias: Tensor | None = None
     if isinstance(teacher, LinearTeacher):
         names = ("teacher.hidden", "teacher.weight", "teacher.bias")
         _check_model(names, teacher.hidden, teacher.weight, teacher.bias, autocast)
-        states, of_teacher, vocabulary = teacher.hidden, names[0], (names[1], teacher.weight.shape[0])
+        states, teacher_weight, teacher_bias = teacher
+        of_teacher, vocabulary = names[0], (names[1], teacher.weight.shape[0])
     elif isinstance(teacher, Tensor):
-        _check_operand("teacher", teacher, "(..., V)", None)
+        _refuse_dtensor("teacher", teacher)
         check_logits("teacher", teacher)
         states, of_teacher, vocabulary = teacher, "teacher", ("teacher", teacher.shape[-1])
     else:
@@ -122,7 +124,7 @@ def check_linear(
             f"{of_teacher} must have the rows of student_hidden, {tuple(hidden.shape[:-1])}, "
             f"got {tuple(states.shape[:-1])}"
         )
-    _same_device(of_teacher, states, "student_hidden", hidden)
+    check_same_device(of_teacher, states, "student_hidden", hidden.device)
     if workspace_bytes is not None:
         if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, (int, torch.SymInt)):
             raise TypeError(f"workspace_bytes must be an int, got {type(workspace_bytes).__name__}")
@@ -144,8 +146,8 @@ def check_linear(
         weight=weight,
         bias=bias,
         teacher=states.detach(),
-        teacher_weight=teacher.weight.detach() if isinstance(teacher, LinearTeacher) else None,
-        teacher_bias=teacher.bias.detach() if isinstance(teacher, LinearTeacher) and teacher.bias is not None else None,
+        teacher_weight=None if teacher_weight is None else teacher_weight.detach(),
+        teacher_bias=None if teacher_bias is None else teacher_bias.detach(),
         compute_dtype=compute,
         logits_dtype=_logits_dtype(logits_dtype, compute or hidden.dtype),
         workspace_bytes=workspace_bytes,

@@ -116,7 +116,7 @@ class _Sweep:
         of_bias = None if wanted.bias is None else p.row_scale.new_zeros(p.weight.shape[0])
         if p.rows == 0:
             of_weight = None if wanted.weight is None else p.weight.new_zeros(p.weight.shape, dtype=wanted.weight)
-            return Formed(loss, stats, of_hidden, of_weight, None if of_bias is None else of_bias.to(wanted.bias))
+            return Formed(loss, stats, of_hidden, of_weight, _as(of_bias, wanted.bias))
         plan = self._plan()
         gradient = self._buffer(plan.gradient_bytes)
         scratch: Tensor | None = self._buffer(plan.scratch_bytes)
@@ -145,9 +145,7 @@ class _Sweep:
                 of_bias[: self.vocab].add_(of_logits.sum(0, dtype=of_bias.dtype), alpha=self.scale)
             del of_logits
         del gradient, scratch
-        if of_weight is not None and of_weight.dtype != wanted.weight:
-            of_weight = of_weight.to(wanted.weight)
-        return Formed(loss, stats, of_hidden, of_weight, None if of_bias is None else of_bias.to(wanted.bias))
+        return Formed(loss, stats, of_hidden, _as(of_weight, wanted.weight), _as(of_bias, wanted.bias))
 
     def _plan(self) -> _chunks.Plan:
         p, device = self.p, self.p.hidden.device
@@ -248,6 +246,10 @@ class _Sweep:
             places.insert(0, numbers % size)
             numbers = numbers // size
         return tuple(places)
+
+
+def _as(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    return None if gradient is None or dtype is None else gradient.to(dtype)
 
 
 def _part(tensor: Tensor | None, rows: slice | int) -> Tensor | None:

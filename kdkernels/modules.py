@@ -26,6 +26,15 @@ def _check_options(module: str, options: LossOptions) -> None:
     resolve(options.get("divergence", "forward_kl"))
 
 
+def _for_call(
+    options: LossOptions, weight: Tensor | None, normalizer: float | Tensor | None, temperature: float | Tensor | None
+) -> LossOptions:
+    given: LossOptions = {**options, "weight": weight, "normalizer": normalizer}
+    if temperature is not None:
+        given["temperature"] = temperature
+    return given
+
+
 class DistillationLoss(nn.Module):
     """:func:`kdkernels.distillation_loss` with its options fixed.
 
@@ -56,9 +65,7 @@ class DistillationLoss(nn.Module):
         temperature: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, RowStats]:
         """The loss of one batch; ``temperature`` replaces the one given at construction."""
-        options: LossOptions = {**self.options, "weight": weight, "normalizer": normalizer}
-        if temperature is not None:
-            options["temperature"] = temperature
+        options = _for_call(self.options, weight, normalizer, temperature)
         loss, stats = distillation_loss(
             student_logits, teacher, labels, inplace=self.inplace, return_stats=True, **options
         )
@@ -112,9 +119,7 @@ class LinearDistillationLoss(nn.Module):
         temperature: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, RowStats]:
         """The loss of one batch; ``temperature`` replaces the one given at construction."""
-        options: LossOptions = {**self.options, "weight": weight, "normalizer": normalizer}
-        if temperature is not None:
-            options["temperature"] = temperature
+        options = _for_call(self.options, weight, normalizer, temperature)
         loss, stats = linear_distillation_loss(
             student_hidden,
             student_weight,

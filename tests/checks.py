@@ -26,6 +26,15 @@ DIVERGENCES = {
     "alpha_beta_00": kd.AlphaBeta(0.0, 0.0),
 }
 
+# Of either model's logits.
+TRANSFORMS = (
+    {"student_logit_scale": 0.3},
+    {"teacher_logit_scale": 0.3},
+    {"student_softcap": 3.0},
+    {"teacher_softcap": 3.0},
+    {"student_logit_scale": 2.0, "student_softcap": 5.0, "teacher_logit_scale": 0.5, "teacher_softcap": 30.0},
+)
+
 # Norm-relative bounds of loss and gradient. A 16-bit gradient is bounded beyond its own rounding: see assert_rounded.
 BOUNDS = {
     torch.float64: (1e-12, 1e-11),

@@ -219,7 +219,7 @@ def test_the_reports_of_a_synthetic_result(tmp_path):
     assert f"(docs/linear.md)): {BF16}; {EAGER_NAME}." in summary
     table = report_linear.markdown(result)
     assert "fla (" in table.split("Not measured")[1]
-    accuracy = report_linear.accuracy(result)
+    accuracy = report_linear.page(result, "accuracy")
     assert f"| {FP32} | 0.2 %, 50 % | 0.2 %, 50 % | 0.2 %, 50 % |" in accuracy
     assert "| | 1 | 0.1 | 0.01 |" in accuracy
     benchmarks_main.write_linear(result, tmp_path, "linear-cuda")
@@ -241,7 +241,7 @@ def test_the_plot_s_curves_hold_the_defaults_and_every_size():
 def test_reports_of_results_without_figures(tmp_path):
     result = synthetic(linear_cases.full(), {})
     assert report_linear.summary(result)
-    assert report_linear.accuracy(result) == ""
+    assert report_linear.page(result, "accuracy") == ""
     assert report_linear.cpu(result)
     assert "Not measured" in report_linear.markdown(result)
     assert not report_linear.plot(result, tmp_path / "empty.png")
@@ -321,7 +321,7 @@ def test_command_line(monkeypatch, tmp_path, capsys):
     blocks = {name: text for page in benchmarks_main.document_blocks().values() for name, text in page.items()}
     assert "commit def: forward_kl, bfloat16, 1024 × 128256" in blocks["linear-cuda"]
     assert blocks["linear-cuda"].endswith("(benchmarks/results/linear-cuda.png)")
-    assert blocks["linear-accuracy"] == report_linear.accuracy(merged)
+    assert blocks["linear-accuracy"] == report_linear.page(merged, "accuracy")
     assert blocks["linear-cpu"] == ""
 
 

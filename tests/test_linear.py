@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from checks import DIVERGENCES, assert_near, relative_error
+from checks import DIVERGENCES, TRANSFORMS, assert_near, relative_error
 from decoupled_cases import FAMILY, labels_for, mask_of
 from linear_cases import (
     BOUNDS,
@@ -201,17 +201,7 @@ def test_cross_entropy_alone():
         against_reference(operands(ROWS, bias=True), LABELS, kd_weight=0.0, ce_weight=1.0, temperature=temperature)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"student_logit_scale": 0.3},
-        {"teacher_logit_scale": 0.3},
-        {"student_softcap": 3.0},
-        {"teacher_softcap": 3.0},
-        {"student_logit_scale": 2.0, "student_softcap": 5.0, "teacher_logit_scale": 0.5, "teacher_softcap": 30.0},
-    ],
-    ids=lambda options: "-".join(options),
-)
+@pytest.mark.parametrize("options", TRANSFORMS, ids=lambda options: "-".join(options))
 @EACH_DTYPE
 def test_logit_transforms(options, dtype):
     given = operands(ROWS, dtype=dtype, bias=True)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import BOUNDS, against_reference, assert_near, logits_pair
+from checks import BOUNDS, TRANSFORMS, against_reference, assert_near, logits_pair
 
 import kdkernels as kd
 
@@ -124,17 +124,7 @@ def test_vocab_size_with_unequal_widths(capability, dtype, widths):
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"student_logit_scale": 0.3},
-        {"teacher_logit_scale": 0.3},
-        {"student_softcap": 3.0},
-        {"teacher_softcap": 3.0},
-        {"student_logit_scale": 2.0, "student_softcap": 5.0, "teacher_logit_scale": 0.5, "teacher_softcap": 30.0},
-    ],
-    ids=lambda options: "-".join(options),
-)
+@pytest.mark.parametrize("options", TRANSFORMS, ids=lambda options: "-".join(options))
 def test_logit_transforms(capability, dtype, options):
     student, teacher = logits_pair(3, 4, 1003, dtype=dtype)
     for divergence in ("forward_kl", "jensen_shannon"):

@@ -63,7 +63,6 @@ __device__ __forceinline__ void store(__half* p, const float (&g)[8]) {
   __stcs(reinterpret_cast<uint4*>(p), *reinterpret_cast<const uint4*>(h));
 }
 
-
 // Four columns as 16-bit numbers.
 __device__ __forceinline__ uint2 pack(const float (&g)[4], __nv_bfloat16) {
   const __nv_bfloat162 h[2] = {__floats2bfloat162_rn(g[0], g[1]), __floats2bfloat162_rn(g[2], g[3])};

@@ -226,7 +226,7 @@ class Scout {
       enough = fminf(amount_ + doubt, 0.5f + 0.5f * amount_) * total;
     } else {
       const float expected = amount_ * (whole ? 1 : float(pieces * G) / columns);
-      // A second round costs 16-bit logits more than a wide window does, and others less.
+      // A second round costs 16-bit logits more than a wide window does; what lies in that of others is listed.
       enough = expected + (whole ? 0 : kSpareBits<T> ? 3 * sqrtf(expected) + 2 : 2 * sqrtf(expected) + 1);
     }
     int low_bin = kScoutBins;

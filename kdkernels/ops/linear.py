@@ -26,7 +26,6 @@ LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _OPERANDS = 12  # tensors and backend, before the packed options
-_COMPUTE_DTYPE = 13  # after these
 # In fp16 a token's gradient is formed this many times as large: where models nearly agree, most of it would be too
 # small. What is left above is enough for a row's factors (kd_weight, T, the slope of its divergence) up to 256.
 FP16_SCALE = 256.0
@@ -198,7 +197,8 @@ def _recomputed(ctx: Any, of_loss: Tensor) -> tuple[list[Tensor], Tensor | None]
     row_scale = operands[7]
     scale = torch.where(row_scale != 0, of_loss.to(row_scale.dtype) * row_scale, 0)
     *settings, _, gradients, _ = ctx.settings
-    operands[7], factor = relative(scale, settings[_COMPUTE_DTYPE] or ctx.dtypes[0])
+    *_, compute_dtype, _, _, _ = settings
+    operands[7], factor = relative(scale, compute_dtype or ctx.dtypes[0])
     detached = [None if operand is None else operand.detach() for operand in operands]
     call: Callable[..., tuple[Tensor, ...]] = _linear_loss if plain_eager(*detached) else linear_loss
     found = call(*detached, ctx.backend, *settings, False, gradients, True)
