@@ -24,7 +24,7 @@ from kdkernels.losses import distillation_loss
 from kdkernels.modules import DistillationLoss, LinearDistillationLoss
 from kdkernels.stats import RowStats
 from kdkernels.strong_sets import Given, Label, StrongSet, TopK, TopP
-from kdkernels.teachers import LinearTeacher
+from kdkernels.teachers import LinearTeacher, TopKTeacher
 
 try:
     __version__ = _version("kdkernels")
@@ -52,6 +52,7 @@ __all__ = [
     "StrongSet",
     "SymmetricKL",
     "TopK",
+    "TopKTeacher",
     "TopP",
     "TotalVariation",
     "__version__",

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from kdkernels._ids import out_of_range
 from kdkernels.divergences import Decoupled, Divergence, resolve
 from kdkernels.strong_sets import Given, Label, TopK
+from kdkernels.teachers import MOST_IDS, TAILS, TopKTeacher
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -75,6 +77,7 @@ class RowArguments:
     vocab_size: int
     student_transform: Transform
     teacher_transform: Transform
+    sparse: TopKTeacher | None  # the teacher, detached, where it is one
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Arguments(RowArguments):
     """A checked call on logits (..., V)."""
 
     student: Tensor
-    teacher: Tensor
+    teacher: Tensor  # (..., V_t) logits; a sparse teacher's log-probabilities (..., K)
 
 
 def check_float(name: str, tensor: Tensor) -> None:
@@ -243,10 +246,74 @@ def _check_mask(mask: Tensor, vocab_size: int, rows: Rows) -> None:
         )
 
 
+def _check_ids(ids: object, rows: Rows) -> Tensor:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"teacher.ids must be an int32 or int64 Tensor, got {type(ids).__name__}")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"teacher.ids must be int32 or int64, got {ids.dtype}")
+    if ids.dim() < 1 or ids.shape[:-1] != rows.shape:
+        raise ValueError(
+            f"teacher.ids must be (..., K) with the rows of {rows.name}, {tuple(rows.shape)}, got {tuple(ids.shape)}"
+        )
+    if not 1 <= ids.shape[-1] <= MOST_IDS:
+        raise ValueError(f"teacher.ids must have between 1 and {MOST_IDS} ids a row, got {ids.shape[-1]}")
+    check_same_device("teacher.ids", ids, rows.name, rows.device)
+    return ids
+
+
+def check_sparse(teacher: TopKTeacher, rows: Rows) -> TopKTeacher:
+    """A sparse teacher's tensors and settings; the teacher detached."""
+    ids, logprobs, tail, temperature = teacher
+    _check_ids(ids, rows)
+    if not isinstance(logprobs, Tensor):
+        raise TypeError(f"teacher.logprobs must be a Tensor (..., K), got {type(logprobs).__name__}")
+    check_float("teacher.logprobs", logprobs)
+    if logprobs.shape != ids.shape:
+        raise ValueError(
+            f"teacher.logprobs must have the shape of teacher.ids, {tuple(ids.shape)}, got {tuple(logprobs.shape)}"
+        )
+    check_same_device("teacher.logprobs", logprobs, "teacher.ids", ids.device)
+    if tail not in TAILS:
+        raise ValueError(f"teacher.tail must be one of {', '.join(TAILS)}, got {tail!r}")
+    _check_number("teacher.teacher_temperature", temperature)
+    if temperature <= 0:
+        raise ValueError(f"teacher.teacher_temperature must be positive, got {temperature}")
+    return TopKTeacher(ids, logprobs.detach(), tail, temperature)
+
+
+def _check_sparse_call(
+    teacher: TopKTeacher, divergence: Divergence, temperature: float | Tensor, transform: Transform, vocab_size: int
+) -> None:
+    """What a sparse teacher has to do with the rest of the call."""
+    allowed = ("forward_kl", "reverse_kl", "jensen_shannon") if teacher.tail == "renormalize" else ("forward_kl",)
+    if divergence.name not in allowed:
+        also = "" if teacher.tail == "renormalize" else "; reverse_kl and jensen_shannon need tail='renormalize'"
+        raise ValueError(
+            f"divergence must be {' or '.join(allowed)} for a TopKTeacher with tail={teacher.tail!r}, "
+            f"got {divergence.name}{also}"
+        )
+    if transform != Transform():
+        raise ValueError("teacher_logit_scale and teacher_softcap are for logits; a TopKTeacher has log-probabilities")
+    given = teacher.teacher_temperature
+    if teacher.tail in ("bucket", "drop") and (isinstance(temperature, Tensor) or temperature != given):
+        came = f"a Tensor {tuple(temperature.shape)}" if isinstance(temperature, Tensor) else temperature
+        raise ValueError(
+            f"temperature must be {given}, the teacher_temperature of its log-probabilities, for "
+            f"tail={teacher.tail!r}, got {came}: the mass outside the given ids is not known at another temperature; "
+            "tail='renormalize' and tail='teacher' do not need it"
+        )
+    if teacher.ids.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere such a row's loss is NaN
+        wrong = out_of_range(teacher.ids, vocab_size)
+        if bool(wrong.any()):
+            largest = int(teacher.ids.max())
+            raise ValueError(f"teacher.ids must be negative (no token) or lie in [0, {vocab_size}), got {largest}")
+
+
 def check_rows(
     rows: Rows,
     labels: Tensor | None,
     *,
+    sparse: TopKTeacher | None = None,
     divergence: Divergence | str = "forward_kl",
     temperature: float | Tensor = 1.0,
     kd_weight: float = 1.0,
@@ -287,6 +354,9 @@ def check_rows(
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if normalizer is not None:
         _check_normalizer(normalizer, reduction, rows)
+    teacher_transform = _check_transform("teacher", teacher_logit_scale, teacher_softcap)
+    if sparse is not None:
+        _check_sparse_call(sparse, resolved, temperature, teacher_transform, vocab)
     return RowArguments(
         rows=rows,
         labels=labels,
@@ -301,13 +371,23 @@ def check_rows(
         ignore_index=ignore_index,
         vocab_size=vocab,
         student_transform=_check_transform("student", student_logit_scale, student_softcap),
-        teacher_transform=_check_transform("teacher", teacher_logit_scale, teacher_softcap),
+        teacher_transform=teacher_transform,
+        sparse=sparse,
     )
 
 
-def check(student_logits: Tensor, teacher: Tensor, labels: Tensor | None, **options: Unpack[LossOptions]) -> Arguments:
+def check(
+    student_logits: Tensor, teacher: Tensor | TopKTeacher, labels: Tensor | None, **options: Unpack[LossOptions]
+) -> Arguments:
     """A call on logits as :class:`Arguments`, or a ValueError or TypeError that names the argument."""
     check_logits("student_logits", student_logits)
+    if isinstance(teacher, TopKTeacher):
+        width = student_logits.shape[-1]
+        rows = Rows(student_logits.shape[:-1], student_logits.device, student_logits.dtype, (width, width))
+        sparse = check_sparse(teacher, rows)
+        rest = check_rows(rows, labels, sparse=sparse, **options)
+        warn_if_teacher_requires_grad(teacher.logprobs)
+        return Arguments(**vars(rest), student=student_logits, teacher=sparse.logprobs)
     check_logits("teacher", teacher)
     if student_logits.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(

@@ -16,9 +16,10 @@ from kdkernels._arguments import (
     check_logits,
     check_rows,
     check_same_device,
+    check_sparse,
     warn_if_teacher_requires_grad,
 )
-from kdkernels.teachers import LinearTeacher
+from kdkernels.teachers import LinearTeacher, TopKTeacher
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class LinearArguments:
     hidden: Tensor  # (..., H_s)
     weight: Tensor  # (V_s, H_s)
     bias: Tensor | None  # (V_s,)
-    teacher: Tensor  # (..., H_t) hidden states, or (..., V_t) logits without a weight
+    teacher: Tensor  # (..., H_t) hidden states; without a weight, (..., V_t) logits or (..., K) log-probabilities
     teacher_weight: Tensor | None  # (V_t, H_t)
     teacher_bias: Tensor | None  # (V_t,)
     compute_dtype: torch.dtype | None  # of the products, where autocast sets it
@@ -93,7 +94,7 @@ def _logits_dtype(asked: torch.dtype, computed: torch.dtype) -> torch.dtype:
 def check_linear(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher: LinearTeacher | Tensor,
+    teacher: LinearTeacher | TopKTeacher | Tensor,
     labels: Tensor | None,
     student_bias: Tensor | None,
     logits_dtype: torch.dtype,
@@ -117,14 +118,20 @@ def check_linear(
         _refuse_dtensor("teacher", teacher)
         check_logits("teacher", teacher)
         states, of_teacher, vocabulary = teacher, "teacher", ("teacher", teacher.shape[-1])
+    elif isinstance(teacher, TopKTeacher):
+        states, of_teacher, vocabulary = teacher.logprobs, "teacher.logprobs", ("teacher", weight.shape[0])
     else:
-        raise TypeError(f"teacher must be a LinearTeacher or a Tensor of logits (..., V), got {type(teacher).__name__}")
-    if states.shape[:-1] != hidden.shape[:-1]:
+        raise TypeError(
+            f"teacher must be a LinearTeacher, a TopKTeacher or a Tensor of logits (..., V), "
+            f"got {type(teacher).__name__}"
+        )
+    if not isinstance(teacher, TopKTeacher) and states.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
             f"{of_teacher} must have the rows of student_hidden, {tuple(hidden.shape[:-1])}, "
             f"got {tuple(states.shape[:-1])}"
         )
-    check_same_device(of_teacher, states, "student_hidden", hidden.device)
+    if not isinstance(teacher, TopKTeacher):
+        check_same_device(of_teacher, states, "student_hidden", hidden.device)
     if workspace_bytes is not None:
         if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, (int, torch.SymInt)):
             raise TypeError(f"workspace_bytes must be an int, got {type(workspace_bytes).__name__}")
@@ -138,7 +145,8 @@ def check_linear(
         name="student_hidden",
         vocabularies=("student_weight", vocabulary[0]),
     )
-    checked = check_rows(rows, labels, **options)
+    sparse = check_sparse(teacher, rows) if isinstance(teacher, TopKTeacher) else None
+    checked = check_rows(rows, labels, sparse=sparse, **options)
     warn_if_teacher_requires_grad(states)  # its weights may: they are a model's parameters
     return LinearArguments(
         rows=checked,

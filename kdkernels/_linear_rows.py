@@ -31,12 +31,12 @@ class LinearProblem:
     row_scale: Tensor  # (N,)
     temperatures: Tensor | None  # (N,)
     weights: Tensor | None  # (3,)
-    mask: Tensor | None  # (V,) or (N, V)
+    members: Tensor | None  # (V,) or (N, V) bool; (N, K) ids
     backend: str
     options: RowOptions
     logits_dtype: torch.dtype
     workspace_bytes: int | None
-    index: Tensor | None = None  # (N,): of the teacher's logits' and the mask's rows, those that are wanted
+    index: Tensor | None = None  # (N,): of the teacher's logits' and the members' rows, those that are wanted
 
     @property
     def rows(self) -> int:
@@ -58,7 +58,7 @@ class Wanted:
 
 class Formed(NamedTuple):
     loss: Tensor  # (N,)
-    stats: Tensor  # (4 or 9, N)
+    stats: Tensor  # (4, 7 or 9, N)
     hidden: Tensor | None  # (N, H_s)
     weight: Tensor | None  # (V_s, H_s)
     bias: Tensor | None  # (V_s,)
@@ -103,15 +103,16 @@ class _Sweep:
         self.gradient_dtype = p.hidden.dtype if narrows and p.logits_dtype == torch.float32 else p.logits_dtype
         self.over_logits = wanted.any and self.gradient_dtype == p.logits_dtype
         self.teacher_rows = _runs_on(p.teacher) if p.teacher_weight is None and p.index is None else None
-        if self.teacher_rows is not None and device.type == "cuda" and not _suits(self.teacher_rows, p.logits_dtype):
-            self.teacher_rows = None
-        one_for_all = p.mask is None or p.mask.dim() == 1
-        self.mask_rows = None if p.mask is None or one_for_all or p.index is not None else _runs_on(p.mask)
+        self.sparse = bool(p.options.tail)
+        if self.teacher_rows is not None and device.type == "cuda" and not self.sparse:
+            self.teacher_rows = self.teacher_rows if _suits(self.teacher_rows, p.logits_dtype) else None
+        one_for_all = p.members is None or (p.members.dim() == 1 and not self.sparse)
+        self.member_rows = None if p.members is None or one_for_all or p.index is not None else _runs_on(p.members)
 
     def run(self) -> Formed:
         p, wanted = self.p, self.wanted
         loss = p.row_scale.new_empty(p.rows)
-        stats = p.row_scale.new_empty((number_of_stats(self.options.divergence), p.rows))
+        stats = p.row_scale.new_empty((number_of_stats(self.options.divergence, self.options.tail), p.rows))
         of_hidden = None if wanted.hidden is None else p.hidden.new_empty(p.hidden.shape, dtype=wanted.hidden)
         of_bias = None if wanted.bias is None else p.row_scale.new_zeros(p.weight.shape[0])
         if p.rows == 0:
@@ -153,7 +154,7 @@ class _Sweep:
         logits = self.columns * p.logits_dtype.itemsize
         row = _chunks.RowBytes(
             student=0 if self.over_logits else logits,
-            teacher=0 if self.teacher_rows is not None else logits,
+            teacher=0 if self.teacher_rows is not None or self.sparse else logits,
             gradient=self.columns * self.gradient_dtype.itemsize if self.wanted.any else 0,
         )
         keep = self.wanted.weight is not None
@@ -199,14 +200,14 @@ class _Sweep:
             of_logits = self._view(gradient, start, n, self.gradient_dtype)
         student = of_logits if self.over_logits and of_logits is not None else place(chunk.student_in_scratch)
         _products.logits(p.hidden[rows], p.weight[: self.vocab], _part(p.bias, self.vocab), self.scale, student)
-        if self.teacher_rows is not None:
-            teacher = self.teacher_rows[rows]
+        if self.teacher_rows is not None or self.sparse:
+            teacher = self._given(p.teacher, self.teacher_rows, rows)
         else:
             teacher = place(chunk.teacher_in_scratch)
             self._teacher_logits(rows, teacher)
-        mask = p.mask
-        if mask is not None and mask.dim() > 1:
-            mask = mask[self._places(rows, mask.shape[:-1])] if self.mask_rows is None else self.mask_rows[rows]
+        members = p.members
+        if members is not None and (members.dim() > 1 or self.sparse):
+            members = self._given(members, self.member_rows, rows)
         whole = n == p.rows
         of_chunk = stats if whole else stats.new_empty((stats.shape[0], n))
         backends.row_loss(
@@ -217,7 +218,7 @@ class _Sweep:
             p.row_scale[rows],
             _part(p.temperatures, rows),
             p.weights,
-            mask,
+            members,
             self.options,
             of_logits,
             loss[rows],
@@ -225,6 +226,12 @@ class _Sweep:
         )
         if not whole:
             stats[:, rows] = of_chunk
+
+    def _given(self, tensor: Tensor, matrix: Tensor | None, rows: slice) -> Tensor:
+        """Rows of a tensor (..., K): of its ``matrix``, where it is one, or a copy."""
+        if matrix is not None:
+            return matrix[rows]
+        return tensor[self._places(rows, tensor.shape[:-1])].view(-1, tensor.shape[-1])
 
     def _teacher_logits(self, rows: slice, out: Tensor) -> None:
         p = self.p

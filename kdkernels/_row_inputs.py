@@ -11,8 +11,11 @@ from kdkernels.divergences import Decoupled
 from kdkernels.strong_sets import Given
 
 
-def row_options(a: RowArguments, *, scale_gradient: bool) -> RowOptions:
+def row_options(a: RowArguments, *, scale_gradient: bool, return_stats: bool = True) -> RowOptions:
     strong = a.divergence.strong_set()
+    sparse = a.sparse
+    # Renormalised within the given ids, neither loss nor gradient knows of another column; statistics do.
+    whole = sparse is None or sparse.tail != "renormalize" or a.ce_weight > 0 or return_stats
     return RowOptions(
         divergence=a.divergence.name,
         parameters=a.divergence.parameters(),
@@ -23,16 +26,22 @@ def row_options(a: RowArguments, *, scale_gradient: bool) -> RowOptions:
         vocab_size=a.vocab_size,
         student_logit_scale=float(a.student_transform.logit_scale),
         student_softcap=float(a.student_transform.softcap or 0),
-        teacher_logit_scale=float(a.teacher_transform.logit_scale),
+        # log-probabilities at a temperature of their own, times it, are logits
+        teacher_logit_scale=float(a.teacher_transform.logit_scale if sparse is None else sparse.teacher_temperature),
         teacher_softcap=float(a.teacher_transform.softcap or 0),
         scale_gradient=scale_gradient,
         strong="" if strong is None else strong.name,
         strong_amount=0.0 if strong is None else strong.amount,
+        tail="" if sparse is None else sparse.tail,
+        whole=whole,
     )
 
 
-def strong_mask(a: RowArguments) -> Tensor | None:  # (V,) or (..., V) bool
+def members(a: RowArguments) -> Tensor | None:  # (V,) or (..., V) bool; (..., K) ids
+    """What names the tokens of S: the mask of a :class:`Given` set, or the ids of a sparse teacher."""
     strong = a.divergence.strong_set()
+    if a.sparse is not None:
+        return a.sparse.ids
     return strong.mask if isinstance(strong, Given) else None
 
 

@@ -11,17 +11,17 @@ from typing_extensions import Unpack
 from kdkernels import backends, ops, reference
 from kdkernels._arguments import LossOptions
 from kdkernels._linear_arguments import LinearArguments, check_linear
-from kdkernels._row_inputs import row_options, row_scale, strong_mask, temperatures, term_weights
+from kdkernels._row_inputs import members, row_options, row_scale, temperatures, term_weights
 from kdkernels.divergences import Divergence
 from kdkernels.stats import RowStats
-from kdkernels.teachers import LinearTeacher
+from kdkernels.teachers import LinearTeacher, TopKTeacher
 
 
 @overload
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher: LinearTeacher | Tensor,
+    teacher: LinearTeacher | TopKTeacher | Tensor,
     labels: Tensor | None = ...,
     *,
     student_bias: Tensor | None = ...,
@@ -35,7 +35,7 @@ def linear_distillation_loss(
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher: LinearTeacher | Tensor,
+    teacher: LinearTeacher | TopKTeacher | Tensor,
     labels: Tensor | None = ...,
     *,
     student_bias: Tensor | None = ...,
@@ -48,7 +48,7 @@ def linear_distillation_loss(
 def linear_distillation_loss(
     student_hidden: Tensor,  # (..., H_s)
     student_weight: Tensor,  # (V, H_s)
-    teacher: LinearTeacher | Tensor,  # or logits (..., V)
+    teacher: LinearTeacher | TopKTeacher | Tensor,  # or logits (..., V)
     labels: Tensor | None = None,  # (...)
     *,
     student_bias: Tensor | None = None,  # (V,)
@@ -87,8 +87,9 @@ def linear_distillation_loss(
             rows that count for nothing too, unless ``compact``: 0·NaN is NaN in a product.
         student_weight: (V, H_s) its output embedding, of the dtype of ``student_hidden``. Under torch.autocast both
             may have any of them, products are computed in autocast's, and gradients have the dtypes of their tensors.
-        teacher: a :class:`~kdkernels.LinearTeacher`, whose hidden size may differ, or a Tensor of logits (..., V). Gets
-            no gradient.
+        teacher: a :class:`~kdkernels.LinearTeacher`, whose hidden size may differ; a Tensor of logits (..., V); or a
+            :class:`~kdkernels.TopKTeacher`. Its tail "renormalize" needs the logits of the given ids alone: where
+            neither cross-entropy nor statistics are asked for, nothing else is computed. Gets no gradient.
         labels: (...) int64, aligned with the hidden states: nothing is shifted.
         student_bias: (V,) of any float dtype; added in the logits' dtype.
         logits_dtype: float32: logits as the products sum them. The dtype of 16-bit operands: logits rounded to it,
@@ -139,14 +140,14 @@ def linear_distillation_loss(
             student_hidden, student_weight, teacher, labels, student_bias=student_bias, return_stats=True, **options
         )
         return (loss, stats) if return_stats else loss
-    loss, rows = _fused(arguments, backend if backends.asked() else backends.AUTO, compact)
+    loss, rows = _fused(arguments, backend if backends.asked() else backends.AUTO, compact, return_stats)
     return (loss, RowStats.from_rows(rows, ce_weight > 0)) if return_stats else loss
 
 
-def _fused(a: LinearArguments, backend: str, compact: bool) -> tuple[Tensor, Tensor]:
-    """The reduced loss, and the rows' statistics (4 or 9, ...)."""
+def _fused(a: LinearArguments, backend: str, compact: bool, return_stats: bool) -> tuple[Tensor, Tensor]:
+    """The reduced loss, and the rows' statistics (4, 7 or 9, ...)."""
     scale = row_scale(a.rows)
-    options = row_options(a.rows, scale_gradient=True)
+    options = row_options(a.rows, scale_gradient=True, return_stats=return_stats)
     per_row = a.rows.reduction == "none"
     factor = None
     if not per_row:
@@ -166,7 +167,7 @@ def _fused(a: LinearArguments, backend: str, compact: bool) -> tuple[Tensor, Ten
         scale,
         temperatures(a.rows, scale),
         term_weights(a.rows, scale),
-        strong_mask(a.rows),
+        members(a.rows),
     )
     settings = (
         backend,

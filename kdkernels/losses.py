@@ -10,15 +10,16 @@ from typing_extensions import Unpack
 
 from kdkernels import backends, ops, reference
 from kdkernels._arguments import Arguments, LossOptions, check
-from kdkernels._row_inputs import row_options, row_scale, strong_mask, temperatures, term_weights
+from kdkernels._row_inputs import members, row_options, row_scale, temperatures, term_weights
 from kdkernels.divergences import Divergence
 from kdkernels.stats import RowStats
+from kdkernels.teachers import TopKTeacher
 
 
 @overload
 def distillation_loss(
     student_logits: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | TopKTeacher,
     labels: Tensor | None = ...,
     *,
     return_stats: Literal[False] = ...,
@@ -28,7 +29,7 @@ def distillation_loss(
 @overload
 def distillation_loss(
     student_logits: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | TopKTeacher,
     labels: Tensor | None = ...,
     *,
     return_stats: Literal[True],
@@ -37,7 +38,7 @@ def distillation_loss(
 ) -> tuple[Tensor, RowStats]: ...
 def distillation_loss(
     student_logits: Tensor,  # (..., V)
-    teacher: Tensor,  # (..., V)
+    teacher: Tensor | TopKTeacher,  # logits (..., V), or a few log-probabilities a row
     labels: Tensor | None = None,  # (...)
     *,
     divergence: Divergence | str = "forward_kl",
@@ -70,7 +71,8 @@ def distillation_loss(
     Args:
         student_logits: (..., V) float32, bfloat16, float16 or float64; the last dimension contiguous, any strides
             before it (``logits[:, :-1]`` is read in place).
-        teacher: (..., V) logits on the same device, of any of these dtypes. Gets no gradient.
+        teacher: (..., V) logits on the same device, of any of these dtypes; or a :class:`~kdkernels.TopKTeacher`, the
+            log-probabilities of a few tokens a row, with one of the divergences it serves. Gets no gradient.
         labels: (...) int64, aligned with the logits: nothing is shifted. Rows whose label is ``ignore_index`` count
             for nothing and are not read.
         divergence: a :class:`~kdkernels.Divergence`, or the name of one with its default parameters.
@@ -122,11 +124,12 @@ def distillation_loss(
     form_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     if inplace and form_gradient:
         _check_inplace(student_logits)
-    backend = backends.choose(student_logits.device, student_logits.dtype, teacher.dtype)
+    backend = backends.choose(student_logits.device, student_logits.dtype, arguments.teacher.dtype)
     if backend == "reference":
         loss, stats = reference.loss_from(arguments)
         return (loss, stats) if return_stats else loss
-    loss, rows = _fused(arguments, backend if backends.asked() else backends.AUTO, form_gradient, inplace)
+    backend = backend if backends.asked() else backends.AUTO
+    loss, rows = _fused(arguments, backend, form_gradient, inplace, return_stats)
     if not return_stats:
         return loss
     return loss, RowStats.from_rows(rows, arguments.ce_weight > 0)
@@ -142,12 +145,12 @@ def _check_inplace(student: Tensor) -> None:
         raise ValueError("inplace=True cannot write to student_logits: expanded rows share their memory")
 
 
-def _fused(a: Arguments, backend: str, form_gradient: bool, inplace: bool) -> tuple[Tensor, Tensor]:
-    """The reduced loss, and the rows' statistics (4 or 9, ...)."""
+def _fused(a: Arguments, backend: str, form_gradient: bool, inplace: bool, return_stats: bool) -> tuple[Tensor, Tensor]:
+    """The reduced loss, and the rows' statistics (4, 7 or 9, ...)."""
     scale = row_scale(a)
-    options = row_options(a, scale_gradient=not ops.scales_late(a.student))
+    options = row_options(a, scale_gradient=not ops.scales_late(a.student), return_stats=return_stats)
     labels = a.labels if options.reads_labels else None
-    tensors = (a.student, a.teacher, labels, scale, temperatures(a, scale), term_weights(a, scale), strong_mask(a))
+    tensors = (a.student, a.teacher, labels, scale, temperatures(a, scale), term_weights(a, scale), members(a))
     if ops.plain_eager(*tensors):
         loss, stats = ops.eager_row_loss(*tensors, backend, options, form_gradient, inplace)
     else:

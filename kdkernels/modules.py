@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from kdkernels.divergences import resolve
 from kdkernels.linear import linear_distillation_loss
 from kdkernels.losses import distillation_loss
 from kdkernels.stats import RowStats
-from kdkernels.teachers import LinearTeacher
+from kdkernels.teachers import LinearTeacher, TopKTeacher
 
 _PER_CALL = ("weight", "normalizer")
 
@@ -57,7 +58,7 @@ class DistillationLoss(nn.Module):
     def forward(
         self,
         student_logits: Tensor,  # (..., V)
-        teacher: Tensor,  # (..., V)
+        teacher: Tensor | TopKTeacher,  # (..., V)
         labels: Tensor | None = None,  # (...)
         *,
         weight: Tensor | None = None,  # (...)
@@ -66,10 +67,8 @@ class DistillationLoss(nn.Module):
     ) -> Tensor | tuple[Tensor, RowStats]:
         """The loss of one batch; ``temperature`` replaces the one given at construction."""
         options = _for_call(self.options, weight, normalizer, temperature)
-        loss, stats = distillation_loss(
-            student_logits, teacher, labels, inplace=self.inplace, return_stats=True, **options
-        )
-        return (loss, stats) if self.return_stats else loss
+        call = partial(distillation_loss, student_logits, teacher, labels, inplace=self.inplace, **options)
+        return call(return_stats=True) if self.return_stats else call()
 
     def extra_repr(self) -> str:
         return _shown(self.options, inplace=self.inplace, return_stats=self.return_stats)
@@ -110,7 +109,7 @@ class LinearDistillationLoss(nn.Module):
         self,
         student_hidden: Tensor,  # (..., H_s)
         student_weight: Tensor,  # (V, H_s)
-        teacher: LinearTeacher | Tensor,
+        teacher: LinearTeacher | TopKTeacher | Tensor,
         labels: Tensor | None = None,  # (...)
         *,
         student_bias: Tensor | None = None,  # (V,)
@@ -120,7 +119,8 @@ class LinearDistillationLoss(nn.Module):
     ) -> Tensor | tuple[Tensor, RowStats]:
         """The loss of one batch; ``temperature`` replaces the one given at construction."""
         options = _for_call(self.options, weight, normalizer, temperature)
-        loss, stats = linear_distillation_loss(
+        call = partial(
+            linear_distillation_loss,
             student_hidden,
             student_weight,
             teacher,
@@ -129,10 +129,9 @@ class LinearDistillationLoss(nn.Module):
             logits_dtype=self.logits_dtype,
             workspace_bytes=self.workspace_bytes,
             compact=self.compact,
-            return_stats=True,
             **options,
         )
-        return (loss, stats) if self.return_stats else loss
+        return call(return_stats=True) if self.return_stats else call()
 
     def extra_repr(self) -> str:
         own: dict[str, object] = {"logits_dtype": self.logits_dtype, "workspace_bytes": self.workspace_bytes}

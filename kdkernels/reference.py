@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from kdkernels._arguments import Arguments, LossOptions, Transform, check
+from kdkernels._ids import first_occurrences, out_of_range
 from kdkernels._linear_arguments import check_linear
 from kdkernels.divergences import (
     AdaptiveKL,
@@ -30,7 +31,7 @@ from kdkernels.divergences import (
 )
 from kdkernels.stats import RowStats
 from kdkernels.strong_sets import Given, Label, StrongSet, TopK, TopP
-from kdkernels.teachers import LinearTeacher
+from kdkernels.teachers import LinearTeacher, TopKTeacher
 
 
 def _weighted(log_a: Tensor, log_ratio: Tensor) -> Tensor:
@@ -205,6 +206,75 @@ def _divergence(log_p: Tensor, log_q: Tensor, which: Divergence, strong: Tensor 
     return terms.masked_fill(dead, 0).sum(-1)
 
 
+# The least mass that "bucket" takes a sparse teacher to leave outside its ids.
+LEAST_MASS = 1e-7
+
+
+class SparseTerms(NamedTuple):
+    """Per row (...); differentiable in log_q, but for the teacher's mass."""
+
+    divergence: Tensor
+    strong_mass_teacher: Tensor
+    strong_mass_student: Tensor
+
+
+def sparse_divergence(
+    log_q: Tensor,  # (..., V)
+    ids: Tensor,  # (..., K)
+    scores: Tensor,  # (..., K)
+    tail: str,
+    divergence: Divergence,
+    given: Tensor | None = None,  # (..., K)
+) -> SparseTerms:
+    """D between a sparse teacher and the student; see :class:`kdkernels.TopKTeacher`.
+
+    Args:
+        log_q: the student's log-probabilities.
+        ids: the tokens the teacher names; negative: none; a repeated one counts once.
+        scores: their log-probabilities, at the temperature of ``log_q``: up to a constant a row, for "renormalize" and
+            "teacher".
+        tail: what becomes of the mass the teacher does not tell.
+        divergence: ForwardKL; with "renormalize" also ReverseKL, JensenShannon.
+        given: the log-probabilities as given, whose mass is reported; the scores where there are none.
+    """
+    vocab_size = log_q.shape[-1]
+    alive = first_occurrences(ids, vocab_size)
+    at = torch.where(alive, ids, 0).long()
+    strong_q = torch.where(alive, log_q.gather(-1, at), -torch.inf)
+    strong_p = torch.where(alive, scores, -torch.inf)
+    outside = torch.ones_like(log_q, dtype=torch.bool)
+    outside = torch.cat([outside, outside[..., :1]], -1)  # one more column, for ids that name no token
+    outside = outside.scatter(-1, torch.where(alive, ids, vocab_size).long(), False)[..., :-1]
+
+    def mass(logs: Tensor) -> Tensor:
+        some = (logs > -torch.inf).any(-1, keepdim=True)
+        return torch.where(some[..., 0], torch.where(some, logs, 0).logsumexp(-1), -torch.inf)
+
+    mass_p, mass_q, weak_q = mass(strong_p), mass(strong_q), mass(log_q.masked_fill(~outside, -torch.inf))
+    reported = mass_p if given is None else mass(torch.where(alive, given, -torch.inf))
+    some_p, some_q = mass_p > -torch.inf, mass_q > -torch.inf
+    inside_p = torch.where(alive & some_p[..., None], strong_p - torch.where(some_p, mass_p, 0)[..., None], -torch.inf)
+    inside_q = torch.where(alive & some_q[..., None], strong_q - torch.where(some_q, mass_q, 0)[..., None], -torch.inf)
+    within = torch.where(some_p, torch.where(some_q, _divergence(inside_p, inside_q, divergence, None), torch.inf), 0)
+    # -inf - -inf must not meet autograd
+    finite_q = torch.where(some_q, mass_q, 0)
+    if tail == "renormalize":
+        total = within
+    elif tail == "teacher":
+        total = torch.where(some_p, torch.where(some_q, within - finite_q, torch.inf), 0)
+    elif tail == "drop":
+        share = mass_p.exp()
+        total = torch.where(some_p, share * (within + torch.where(some_p, mass_p, 0) - finite_q), 0)
+        total = torch.where(some_p & ~some_q, torch.inf, total)
+    else:
+        some_weak = outside.any(-1) & alive.any(-1)
+        weak_mass = torch.where(some_weak, (-torch.expm1(mass_p)).clamp(min=LEAST_MASS), 0)
+        strong_mass = torch.where(some_p, 1 - weak_mass, 0)
+        binary = _kl(strong_mass.log(), mass_q) + _kl(weak_mass.log(), weak_q)
+        total = torch.where(some_weak, binary, 0) + torch.where(strong_mass > 0, strong_mass * within, 0)
+    return SparseTerms(total, reported.exp(), mass_q.exp())
+
+
 def _transformed(logits: Tensor, transform: Transform) -> Tensor:
     logits = logits * transform.logit_scale
     if transform.softcap is not None:
@@ -225,23 +295,13 @@ def rows(a: Arguments) -> tuple[Tensor, RowStats]:
     counting = _counting(a)
     # Rows that do not count may hold anything, NaN included: they are replaced before the arithmetic.
     student = torch.where(counting[..., None], a.student[..., : a.vocab_size].to(dtype), 0)
-    teacher = torch.where(counting[..., None], a.teacher[..., : a.vocab_size].to(dtype), 0)
-    student, teacher = _transformed(student, a.student_transform), _transformed(teacher, a.teacher_transform)
+    student = _transformed(student, a.student_transform)
     temperature = a.temperature.to(dtype) if isinstance(a.temperature, Tensor) else a.temperature
     if isinstance(temperature, Tensor):
         temperature = torch.where((temperature > 0) & (temperature < torch.inf), temperature, torch.nan)
     over_vocab = temperature[..., None] if isinstance(temperature, Tensor) else temperature
-    s, t = student / over_vocab, teacher / over_vocab
-    log_p, log_q = torch.log_softmax(t, -1), torch.log_softmax(s, -1)
-    strong_set, terms = a.divergence.strong_set(), None
-    strong = None if strong_set is None else strong_tokens(teacher, log_p.detach(), strong_set, a.labels)
-    if isinstance(a.divergence, Decoupled) and strong is not None:
-        terms = decoupled_terms(log_p, log_q, strong)
-        distance = _decoupled(terms, a.divergence)
-    else:
-        distance = _divergence(log_p, log_q, a.divergence, strong)
-    if isinstance(strong_set, Label) and a.labels is not None:
-        distance = torch.where((a.labels >= 0) & (a.labels < a.vocab_size) | ~counting, distance, torch.nan)
+    s = student / over_vocab
+    distance, teacher_lse, more = (_to_logits if a.sparse is None else _to_sparse)(a, s, over_vocab, counting)
     loss = torch.zeros_like(distance)
     if a.kd_weight != 0:
         loss = a.kd_weight * distance * (temperature**2 if a.scale_by_temperature else 1)
@@ -255,12 +315,55 @@ def rows(a: Arguments) -> tuple[Tensor, RowStats]:
 
     stats = RowStats(
         clean(s.logsumexp(-1)).detach(),
-        clean(t.logsumexp(-1)).detach(),
+        clean(teacher_lse).detach(),
         clean(distance).detach(),
         None if hard is None else clean(hard).detach(),
-        *(() if terms is None else (clean(term).detach() for term in terms[:5])),
+        **{name: clean(stat).detach() for name, stat in more.items()},
     )
     return clean(loss), stats
+
+
+def _to_logits(
+    a: Arguments, s: Tensor, temperature: Tensor | float, counting: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """D between a teacher of logits and the student's ``s``, the teacher's normaliser, and more statistics."""
+    teacher = torch.where(counting[..., None], a.teacher[..., : a.vocab_size].to(s.dtype), 0)
+    teacher = _transformed(teacher, a.teacher_transform)
+    t = teacher / temperature
+    log_p, log_q = torch.log_softmax(t, -1), torch.log_softmax(s, -1)
+    strong_set, more = a.divergence.strong_set(), {}
+    strong = None if strong_set is None else strong_tokens(teacher, log_p.detach(), strong_set, a.labels)
+    if isinstance(a.divergence, Decoupled) and strong is not None:
+        terms = decoupled_terms(log_p, log_q, strong)
+        distance = _decoupled(terms, a.divergence)
+        more = dict(zip(DecoupledTerms._fields[:5], terms[:5], strict=True))
+    else:
+        distance = _divergence(log_p, log_q, a.divergence, strong)
+    if isinstance(strong_set, Label) and a.labels is not None:
+        distance = torch.where((a.labels >= 0) & (a.labels < a.vocab_size) | ~counting, distance, torch.nan)
+    return distance, t.logsumexp(-1), more
+
+
+def _to_sparse(
+    a: Arguments, s: Tensor, temperature: Tensor | float, counting: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The same of a sparse teacher."""
+    assert a.sparse is not None
+    ids = torch.where(counting[..., None], a.sparse.ids, -1)
+    given = a.teacher.to(s.dtype)
+    scores = given * a.sparse.teacher_temperature / temperature
+    terms = sparse_divergence(torch.log_softmax(s, -1), ids, scores, a.sparse.tail, a.divergence, given)
+    distance = torch.where(out_of_range(ids, a.vocab_size), torch.nan, terms.divergence)
+    alive = first_occurrences(ids, a.vocab_size)
+    scores = torch.where(alive, scores, -torch.inf)
+    best = torch.where(alive, ids, 0).long().gather(-1, scores.argmax(-1, keepdim=True))
+    agrees = (s.gather(-1, best)[..., 0] >= s.amax(-1)) & alive.any(-1)
+    more = {
+        "strong_mass_teacher": terms.strong_mass_teacher,
+        "strong_mass_student": terms.strong_mass_student,
+        "top1_agreement": agrees.to(s.dtype),
+    }
+    return distance, scores.logsumexp(-1), more
 
 
 def _counting(a: Arguments) -> Tensor:
@@ -292,7 +395,7 @@ def loss_from(a: Arguments) -> tuple[Tensor, RowStats]:
 @overload
 def distillation_loss(
     student_logits: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | TopKTeacher,
     labels: Tensor | None = ...,
     *,
     return_stats: Literal[False] = ...,
@@ -302,7 +405,7 @@ def distillation_loss(
 @overload
 def distillation_loss(
     student_logits: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | TopKTeacher,
     labels: Tensor | None = ...,
     *,
     return_stats: Literal[True],
@@ -311,7 +414,7 @@ def distillation_loss(
 ) -> tuple[Tensor, RowStats]: ...
 def distillation_loss(
     student_logits: Tensor,  # (..., V)
-    teacher: Tensor,  # (..., V)
+    teacher: Tensor | TopKTeacher,  # logits (..., V)
     labels: Tensor | None = None,  # (...)
     *,
     return_stats: bool = False,
@@ -338,7 +441,7 @@ def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dt
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher: LinearTeacher | Tensor,
+    teacher: LinearTeacher | TopKTeacher | Tensor,
     labels: Tensor | None = ...,
     *,
     student_bias: Tensor | None = ...,
@@ -352,7 +455,7 @@ def linear_distillation_loss(
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher: LinearTeacher | Tensor,
+    teacher: LinearTeacher | TopKTeacher | Tensor,
     labels: Tensor | None = ...,
     *,
     student_bias: Tensor | None = ...,
@@ -365,7 +468,7 @@ def linear_distillation_loss(
 def linear_distillation_loss(
     student_hidden: Tensor,  # (..., H_s)
     student_weight: Tensor,  # (V_s, H_s)
-    teacher: LinearTeacher | Tensor,  # hidden (..., H_t) and weight (V_t, H_t), or logits (..., V_t)
+    teacher: LinearTeacher | TopKTeacher | Tensor,  # hidden (..., H_t), weight (V_t, H_t); or logits (..., V_t)
     labels: Tensor | None = None,  # (...)
     *,
     student_bias: Tensor | None = None,  # (V_s,)

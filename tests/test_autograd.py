@@ -36,6 +36,8 @@ def operator_arguments(student, teacher, *, labels=None, form_gradient=True, div
         0.0,
         1.0,
         0.0,
+        "",
+        True,
         form_gradient,
         False,
     )

@@ -99,16 +99,16 @@ def sweep(backend: str, device: torch.device) -> ModuleType:
 def row_loss(
     backend: str,
     student: Tensor,  # (..., V_s)
-    teacher: Tensor,  # (..., V_t)
+    teacher: Tensor,  # (..., V_t) logits, or a sparse teacher's log-probabilities (..., K)
     labels: Tensor | None,  # (...)
     row_scale: Tensor,  # (...)
     temperatures: Tensor | None,  # (...)
     weights: Tensor | None,  # (3,)
-    mask: Tensor | None,  # (V,) or (..., V) bool
+    members: Tensor | None,  # what names a strong set: a mask (V,) or (..., V), or a sparse teacher's ids (..., K)
     options: RowOptions,
     gradient: Tensor | None,  # (..., V_s), written
     loss: Tensor,  # (...), written
-    stats: Tensor,  # (4 or 9, ...), written
+    stats: Tensor,  # (4, 7 or 9, ...), written
 ) -> None:
     """The row sweep, by the backend asked for, or for :data:`AUTO` by the first that can serve these very tensors.
 
@@ -122,8 +122,9 @@ def row_loss(
     for name in _SWEEPS if backend == AUTO else (backend,):
         reason = why_not(name, student.device)
         if reason is None:
-            reason = _SWEEPS[name].row_loss(
-                student, teacher, labels, row_scale, temperatures, weights, mask, options, gradient, loss, stats
+            sweep = _SWEEPS[name].sparse_row_loss if options.tail else _SWEEPS[name].row_loss
+            reason = sweep(
+                student, teacher, labels, row_scale, temperatures, weights, members, options, gradient, loss, stats
             )
         if reason is None:
             return

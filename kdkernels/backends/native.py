@@ -59,14 +59,22 @@ class RowOptions:
     scale_gradient: bool
     strong: str = ""  # the name of a StrongSet; none: the divergence splits no vocabulary
     strong_amount: float = 0.0
+    tail: str = ""  # of a sparse teacher: what becomes of the mass it does not tell; none: a teacher of logits
+    whole: bool = True  # a sparse teacher's: read the vocabulary, not the given ids alone ("renormalize")
 
     @property
     def reads_labels(self) -> bool:
         return self.ce_weight != 0 or self.strong == "label"
 
 
-def number_of_stats(divergence: str) -> int:
-    """Rows of the statistics: student lse, teacher lse, divergence, cross-entropy; decoupled: five more."""
+def number_of_stats(divergence: str, tail: str = "") -> int:
+    """Rows of the statistics: student lse, teacher lse, divergence, cross-entropy.
+
+    Decoupled: five more. Of a sparse teacher: the teacher's and the student's mass of the given ids, and whether their
+    most likely tokens agree.
+    """
+    if tail:
+        return 7
     return 9 if divergence == "decoupled" else 4
 
 

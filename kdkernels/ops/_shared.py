@@ -19,7 +19,7 @@ LIBRARY.define("scale_rows(Tensor values, Tensor factors, str backend) -> Tensor
 OPTIONS = (
     "str divergence, float[] parameters, str strong, float strong_amount, float temperature, float kd_weight, "
     "float ce_weight, bool scale_by_temperature, SymInt vocab_size, float student_logit_scale, float student_softcap, "
-    "float teacher_logit_scale, float teacher_softcap"
+    "float teacher_logit_scale, float teacher_softcap, str tail, bool whole"
 )
 
 
@@ -38,12 +38,15 @@ def packed(o: RowOptions) -> tuple[Any, ...]:
         o.student_softcap,
         o.teacher_logit_scale,
         o.teacher_softcap,
+        o.tail,
+        o.whole,
     )
 
 
 def unpacked(values: Sequence[Any], *, scale_gradient: bool) -> RowOptions:
     divergence, parameters, strong, strong_amount, temperature, kd_weight, ce_weight, *rest = values
-    scale_by_temperature, vocab_size, student_scale, student_softcap, teacher_scale, teacher_softcap = rest
+    scale_by_temperature, vocab_size, student_scale, student_softcap, teacher_scale, teacher_softcap, *sparse = rest
+    tail, whole = sparse
     return RowOptions(
         divergence=divergence,
         parameters=tuple(parameters),
@@ -59,6 +62,8 @@ def unpacked(values: Sequence[Any], *, scale_gradient: bool) -> RowOptions:
         scale_gradient=scale_gradient,
         strong=strong,
         strong_amount=strong_amount,
+        tail=tail,
+        whole=whole,
     )
 
 

@@ -19,13 +19,14 @@ from kdkernels.ops._shared import LIBRARY, OPTIONS, plain_eager, refuse_double_b
 LIBRARY.define(
     "linear_loss("
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor teacher, Tensor? teacher_weight, Tensor? teacher_bias, "
-    "Tensor? labels, Tensor row_scale, Tensor? temperatures, Tensor? weights, Tensor? mask, str backend, "
+    "Tensor? labels, Tensor row_scale, Tensor? temperatures, Tensor? weights, Tensor? members, str backend, "
     f"{OPTIONS}, ScalarType? compute_dtype, ScalarType logits_dtype, SymInt? workspace_bytes, bool compact, "
     "bool per_row, bool[] gradients, bool own_gradients"
     ") -> (Tensor loss, Tensor stats, Tensor of_hidden, Tensor of_weight, Tensor of_bias)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _OPERANDS = 12  # tensors and backend, before the packed options
+_TAIL = _OPERANDS + 13  # where these name a sparse teacher's tail
 # In fp16 a token's gradient is formed this many times as large: where models nearly agree, most of it would be too
 # small. What is left above is enough for a row's factors (kd_weight, T, the slope of its divergence) up to 256.
 FP16_SCALE = 256.0
@@ -36,9 +37,9 @@ def gradient_dtype(operand: Tensor) -> torch.dtype:
     return torch.float32 if operand.dtype == torch.float16 else operand.dtype
 
 
-def _outputs_shape(row_scale: Tensor, divergence: str, per_row: bool) -> tuple[torch.Size, tuple[int, ...]]:
+def _outputs_shape(row_scale: Tensor, divergence: str, tail: str, per_row: bool) -> tuple[torch.Size, tuple[int, ...]]:
     rows = row_scale.shape
-    return rows if per_row else torch.Size(()), (number_of_stats(divergence), *rows)
+    return rows if per_row else torch.Size(()), (number_of_stats(divergence, tail), *rows)
 
 
 def _flat(rows: Tensor | None) -> Tensor | None:
@@ -53,14 +54,14 @@ def _linear_loss(
     hidden: Tensor,  # (..., H_s)
     weight: Tensor,  # (V_s, H_s)
     bias: Tensor | None,  # (V_s,)
-    teacher: Tensor,  # (..., H_t), or logits (..., V_t) where there is no teacher_weight
+    teacher: Tensor,  # (..., H_t); where there is no teacher_weight, logits (..., V_t), or log-probabilities (..., K)
     teacher_weight: Tensor | None,  # (V_t, H_t)
     teacher_bias: Tensor | None,  # (V_t,)
     labels: Tensor | None,  # (...)
     row_scale: Tensor,  # (...)
     temperatures: Tensor | None,  # (...)
     weights: Tensor | None,  # (3,)
-    mask: Tensor | None,  # (V,) or (..., V) bool
+    members: Tensor | None,  # (V,) or (..., V) bool; (..., K) ids
     backend: str,
     *rest: Any,  # the packed options, then the settings of the schema
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -95,7 +96,7 @@ def _linear_loss(
             row_scale=row_scale.reshape(-1),
             temperatures=_flat(temperatures),
             weights=weights,
-            mask=mask,
+            members=members,
             backend=backend,
             options=options,
             logits_dtype=logits_dtype,
@@ -112,7 +113,7 @@ def _linear_loss(
             stats = stats.new_zeros((stats.shape[0], rows)).index_copy(1, kept, stats)
             if x_gradient is not None:
                 x_gradient = x_gradient.new_zeros((rows, x_gradient.shape[1])).index_copy(0, kept, x_gradient)
-        loss_shape, stats_shape = _outputs_shape(row_scale, options.divergence, per_row)
+        loss_shape, stats_shape = _outputs_shape(row_scale, options.divergence, options.tail, per_row)
 
     def out(gradient: Tensor | None, shape: torch.Size) -> Tensor:
         return row_scale.new_empty(0) if gradient is None else gradient.view(shape)
@@ -128,9 +129,9 @@ def _linear_loss(
 
 def _linear_loss_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     row_scale, divergence = rest[4], rest[_OPERANDS - 3]
-    per_row = rest[-3]
+    tail, per_row = rest[_TAIL - 3], rest[-3]
     of_hidden, of_weight, of_bias = (wanted and not per_row for wanted in rest[-2])
-    loss_shape, stats_shape = _outputs_shape(row_scale, divergence, per_row)
+    loss_shape, stats_shape = _outputs_shape(row_scale, divergence, tail, per_row)
 
     def gradient(tensor: Tensor | None, shape: torch.Size, wanted: bool) -> Tensor:
         if tensor is None or not wanted:
@@ -217,7 +218,7 @@ LIBRARY.impl("linear_loss", _linear_loss, "CompositeExplicitAutograd")
 torch.library.register_fake("kdkernels::linear_loss", _linear_loss_fake, lib=LIBRARY)
 torch.library.register_autograd("kdkernels::linear_loss", _backward, setup_context=_setup_context, lib=LIBRARY)
 
-#: loss () or (...), stats (4 or 9, ...), and the gradients of hidden, weight and bias or (0,): see the schema above.
+#: loss () or (...), stats (4, 7 or 9, ...), and the gradients of hidden, weight and bias or (0,): see the schema above.
 linear_loss = torch.ops.kdkernels.linear_loss.default
 
 
@@ -236,7 +237,7 @@ class EagerLinearLoss(torch.autograd.Function):
 
 
 def eager_linear_loss(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """loss () or (...), and stats (4 or 9, ...)."""
+    """loss () or (...), and stats (4, 7 or 9, ...)."""
     if any(inputs[-2]):
         loss, stats = EagerLinearLoss.apply(*inputs)
         return loss, stats

@@ -17,14 +17,15 @@ from kdkernels.ops._shared import LIBRARY, OPTIONS, refuse_double_backward, scal
 LIBRARY.define(
     "row_loss("
     "Tensor student, Tensor teacher, Tensor? labels, Tensor row_scale, Tensor? temperatures, "
-    f"Tensor? weights, Tensor? mask, str backend, {OPTIONS}, bool form_gradient, bool own_gradient"
+    f"Tensor? weights, Tensor? members, str backend, {OPTIONS}, bool form_gradient, bool own_gradient"
     ") -> (Tensor loss, Tensor stats, Tensor gradient)",
     tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag),
 )
 
 
-def _outputs(row_scale: Tensor, divergence: str) -> tuple[Tensor, Tensor]:
-    return row_scale.new_empty(row_scale.shape), row_scale.new_empty((number_of_stats(divergence), *row_scale.shape))
+def _outputs(row_scale: Tensor, divergence: str, tail: str) -> tuple[Tensor, Tensor]:
+    stats = (number_of_stats(divergence, tail), *row_scale.shape)
+    return row_scale.new_empty(row_scale.shape), row_scale.new_empty(stats)
 
 
 def scales_late(student: Tensor) -> bool:
@@ -37,21 +38,21 @@ def scales_late(student: Tensor) -> bool:
 
 def _row_loss(
     student: Tensor,  # (..., V_s)
-    teacher: Tensor,  # (..., V_t)
+    teacher: Tensor,  # (..., V_t); a sparse one's log-probabilities (..., K)
     labels: Tensor | None,  # (...)
     row_scale: Tensor,  # (...)
     temperatures: Tensor | None,  # (...)
     weights: Tensor | None,  # (3,)
-    mask: Tensor | None,  # (V,) or (..., V) bool
+    members: Tensor | None,  # (V,) or (..., V) bool; (..., K) ids
     backend: str,
     *rest: Any,  # the packed options, form_gradient, own_gradient
 ) -> tuple[Tensor, Tensor, Tensor]:
     *packed_options, form_gradient, _ = rest
     options = unpacked(packed_options, scale_gradient=not scales_late(student))
-    loss, stats = _outputs(row_scale, options.divergence)
+    loss, stats = _outputs(row_scale, options.divergence, options.tail)
     gradient = backends.sweep(backend, student.device).empty_gradient(student) if form_gradient else None
     backends.row_loss(
-        backend, student, teacher, labels, row_scale, temperatures, weights, mask, options, gradient, loss, stats
+        backend, student, teacher, labels, row_scale, temperatures, weights, members, options, gradient, loss, stats
     )
     return loss, stats, student.new_empty(0) if gradient is None else gradient
 
@@ -59,9 +60,9 @@ def _row_loss(
 def _row_loss_fake(
     student: Tensor, teacher: Tensor, labels: Tensor | None, row_scale: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    divergence, form_gradient = options[4], options[-2]
+    divergence, tail, form_gradient = options[4], options[-4], options[-2]
     gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
-    return (*_outputs(row_scale, divergence), gradient if form_gradient else student.new_empty(0))
+    return (*_outputs(row_scale, divergence, tail), gradient if form_gradient else student.new_empty(0))
 
 
 def _incoming(gradient_of_loss: Tensor, row_scale: Tensor, late: bool) -> Tensor:
@@ -97,7 +98,7 @@ LIBRARY.impl("row_loss", _row_loss, "CompositeExplicitAutograd")
 torch.library.register_fake("kdkernels::row_loss", _row_loss_fake, lib=LIBRARY)
 torch.library.register_autograd("kdkernels::row_loss", _backward, setup_context=_setup_context, lib=LIBRARY)
 
-#: loss (...), stats (4 or 9, ...), gradient (..., V) or (0,): see the schema above.
+#: loss (...), stats (4, 7 or 9, ...), gradient (..., V) or (0,): see the schema above.
 row_loss = torch.ops.kdkernels.row_loss.default
 
 
@@ -108,20 +109,20 @@ class EagerRowLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         student: Tensor,  # (..., V_s)
-        teacher: Tensor,  # (..., V_t)
+        teacher: Tensor,  # (..., V_t); a sparse one's log-probabilities (..., K)
         labels: Tensor | None,
         row_scale: Tensor,
         temperatures: Tensor | None,
         weights: Tensor | None,
-        mask: Tensor | None,
+        members: Tensor | None,
         backend: str,
         options: RowOptions,
         inplace: bool,
     ) -> tuple[Tensor, Tensor]:
-        loss, stats = _outputs(row_scale, options.divergence)
+        loss, stats = _outputs(row_scale, options.divergence, options.tail)
         gradient = student if inplace else backends.sweep(backend, student.device).empty_gradient(student)
         backends.row_loss(
-            backend, student, teacher, labels, row_scale, temperatures, weights, mask, options, gradient, loss, stats
+            backend, student, teacher, labels, row_scale, temperatures, weights, members, options, gradient, loss, stats
         )
         if inplace:  # whoever saved these logits for a backward of its own is told that they are gone
             torch.autograd.graph.increment_version(student)
@@ -145,22 +146,22 @@ class EagerRowLoss(torch.autograd.Function):
 
 def eager_row_loss(
     student: Tensor,  # (..., V_s)
-    teacher: Tensor,  # (..., V_t)
+    teacher: Tensor,  # (..., V_t); a sparse one's log-probabilities (..., K)
     labels: Tensor | None,
     row_scale: Tensor,
     temperatures: Tensor | None,
     weights: Tensor | None,
-    mask: Tensor | None,
+    members: Tensor | None,
     backend: str,
     options: RowOptions,
     form_gradient: bool,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
-    """loss (...) and stats (4 or 9, ...)."""
-    others = (teacher, labels, row_scale, temperatures, weights, mask)
+    """loss (...) and stats (4, 7 or 9, ...)."""
+    others = (teacher, labels, row_scale, temperatures, weights, members)
     if form_gradient:
         loss, stats = EagerRowLoss.apply(student, *others, backend, options, inplace)
         return loss, stats
-    loss, stats = _outputs(row_scale, options.divergence)
+    loss, stats = _outputs(row_scale, options.divergence, options.tail)
     backends.row_loss(backend, student.detach(), *others, options, None, loss, stats)
     return loss, stats
