@@ -95,8 +95,20 @@ def logits_pair(
     return student.to(dtype), teacher.to(dtype)
 
 
+def in_double(teacher: Tensor | kd.TopKTeacher) -> Tensor | kd.TopKTeacher:
+    if isinstance(teacher, kd.TopKTeacher):
+        return teacher._replace(logprobs=teacher.logprobs.double())
+    return teacher.double()
+
+
 def against_reference(
-    student: Tensor, teacher: Tensor, labels: Tensor | None = None, *, floor: float = 0.0, slack: float = 1.0, **options
+    student: Tensor,
+    teacher: Tensor | kd.TopKTeacher,
+    labels: Tensor | None = None,
+    *,
+    floor: float = 0.0,
+    slack: float = 1.0,
+    **options,
 ) -> None:
     """Loss and gradient of the fused path against the reference in fp64 on the same inputs, by BOUNDS.
 
@@ -107,7 +119,7 @@ def against_reference(
     capped = options.get("student_softcap") or options.get("teacher_softcap")
     loss_bound, gradient_bound = (bound * slack * (4 if capped else 1) for bound in BOUNDS[student.dtype])
     exact = student.detach().double().requires_grad_()
-    expected = kd.reference.distillation_loss(exact, teacher.double(), labels, **options)
+    expected = kd.reference.distillation_loss(exact, in_double(teacher), labels, **options)
     ours = student.detach().clone().requires_grad_()
     actual = kd.distillation_loss(ours, teacher, labels, **options)
     assert_near("loss", actual, expected, loss_bound, floor)
@@ -126,7 +138,7 @@ def against_reference(
 
 
 def gradient_of(
-    student: Tensor, teacher: Tensor, labels: Tensor | None = None, **options
+    student: Tensor, teacher: Tensor | kd.TopKTeacher, labels: Tensor | None = None, **options
 ) -> tuple[Tensor, Tensor | None]:
     """The loss, and the gradient of its sum."""
     leaf = student.clone().requires_grad_()
