@@ -118,12 +118,21 @@ void cpu_scale_rows(std::uintptr_t in, std::uintptr_t out, int dtype, const std:
 
 #ifdef KD_CUDA
 // plan: cluster, consumers, slot_columns, blocks_per_sm, ahead; empty: the library's choice.
+kd::cuda::Plan plan_from(const kd::RowProblem& problem, const std::vector<int>& plan) {
+  if (plan.empty()) return kd::cuda::plan(problem);
+  if (plan.size() != 5) throw std::invalid_argument("a plan has 5 numbers");
+  return {plan[0], plan[1], plan[2], plan[3], plan[4]};
+}
+
 void cuda_row_loss(const kd::RowProblem& problem, std::uintptr_t stream, const std::vector<int>& plan) {
-  if (!plan.empty() && plan.size() != 5) throw std::invalid_argument("a plan has 5 numbers");
   py::gil_scoped_release release;
-  const kd::cuda::Plan chosen =
-      plan.empty() ? kd::cuda::plan(problem) : kd::cuda::Plan{plan[0], plan[1], plan[2], plan[3], plan[4]};
-  kd::cuda::row_loss(problem, chosen, pointer(stream));
+  kd::cuda::row_loss(problem, plan_from(problem, plan), pointer(stream));
+}
+
+void cuda_sparse_row_loss(const kd::RowProblem& problem, std::uintptr_t memory, std::uintptr_t stream,
+                          const std::vector<int>& plan) {
+  py::gil_scoped_release release;
+  kd::cuda::sparse_row_loss(problem, plan_from(problem, plan), pointer(memory), pointer(stream));
 }
 
 void cuda_scale_rows(std::uintptr_t in, std::uintptr_t out, int dtype, const std::vector<int64_t>& sizes,
@@ -160,6 +169,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_why_not", &kd::cuda::why_not, py::arg("device"));
   m.def("cuda_why_not_rows", &kd::cuda::why_not_rows, py::arg("problem"));
   m.def("cuda_row_loss", &cuda_row_loss, py::arg("problem"), py::kw_only(), py::arg("stream"), py::arg("plan"));
+  m.def("cuda_sparse_bytes", &kd::cuda::sparse_bytes, py::arg("problem"));
+  m.def("cuda_sparse_row_loss", &cuda_sparse_row_loss, py::arg("problem"), py::kw_only(), py::arg("memory"),
+        py::arg("stream"), py::arg("plan"));
   m.def("cuda_scale_rows", &cuda_scale_rows, py::kw_only(), py::arg("inp"), py::arg("out"), py::arg("dtype"),
         py::arg("sizes"), py::arg("strides"), py::arg("rows"), py::arg("width"), py::arg("factors"),
         py::arg("factor_stride"), py::arg("stream"));

@@ -246,7 +246,6 @@ def sparse_row_loss(
     Returns:
         As :func:`row_loss`.
     """
-    return "the C++ kernels do not serve sparse teachers yet"
     ids, logprobs = _as_matrix(ids), _as_matrix(logprobs)
     teacher = _built().SparseTeacher(
         tail=TAIL_IDS[options.tail],
@@ -320,7 +319,11 @@ def _sweep(
             if reason:
                 return reason
             stream = torch.cuda.current_stream(student.device).cuda_stream
-            kernels.cuda_row_loss(problem, stream=stream, plan=cuda_plan)
+            if options.tail:
+                memory = torch.empty(kernels.cuda_sparse_bytes(problem), dtype=torch.uint8, device=student.device)
+                kernels.cuda_sparse_row_loss(problem, memory=memory.data_ptr(), stream=stream, plan=cuda_plan)
+            else:
+                kernels.cuda_row_loss(problem, stream=stream, plan=cuda_plan)
     else:
         kernels.cpu_row_loss(problem, threads=torch.get_num_threads())
     if gradient is given and student is not given:
