@@ -13,7 +13,7 @@
 #include "kernel.h"
 #include "ring.cuh"
 #include "split.cuh"
-#include "sparse.h"
+#include "sparse.cuh"
 #include "split_kernel.h"
 
 namespace kdkernels::cuda {
@@ -111,7 +111,7 @@ int64_t share(const RowProblem& p, int cluster) {
 constexpr int kStaticShared = sizeof(ExchangeMemory) + (2 * sizeof(uint64_t) + sizeof(RowHeader)) * kMaxSlots + 256;  // with room for alignment
 
 int static_shared(const RowProblem& p) {
-  return kStaticShared + (splits(p) ? int(sizeof(SplitMemory<float>)) : sparse(p) ? int(sizeof(uint64_t)) * kMaxSlots : 0);
+  return kStaticShared + (splits(p) ? int(sizeof(SplitMemory<float>)) : sparse(p) ? int(sizeof(SparseMemory)) : 0);
 }
 
 int64_t slot_bytes(const RowProblem& p, const Plan& plan) {
@@ -214,6 +214,29 @@ bool lay_out(const Device& d, const RowProblem& p, Plan& plan, int rows, bool ti
   return tight && (fits_in(2, 0) || fits_in(1, 0) || fits_in(4, 0));
 }
 
+// Of a sparse teacher: two rows at a time, in slots that are filled and emptied sooner than whole shares.
+bool lay_out_sparse(const Device& d, const RowProblem& p, Plan& plan) {
+  const int least = plan.consumers * group(p), most = std::max(least, 16384 / int(bytes_per_element(p.student.dtype)));
+  plan.slot_columns = int(std::clamp<int64_t>(share(p, plan.cluster), least, most));
+  return slots(d, p, plan) > (1 + plan.ahead) * chunks(p, plan);
+}
+
+Plan sparse_plan(const Device& d, const RowProblem& p, Plan plan) {
+  for (plan.ahead = 1; plan.ahead >= 0; plan.ahead--)
+    for (plan.cluster = 1; plan.cluster <= 16; plan.cluster *= 2) {
+      if (!lay_out_sparse(d, p, plan)) continue;
+      // A larger cluster where rows are too few to fill the chip.
+      for (Plan wider = plan; wider.cluster < 16 && p.rows * wider.cluster * 2 <= d.multiprocessors && share(p, wider.cluster * 2) >= 2048;) {
+        wider.cluster *= 2;
+        if (!lay_out_sparse(d, p, wider)) break;
+        plan = wider;
+      }
+      return plan;
+    }
+  plan.cluster = 0;
+  return plan;
+}
+
 }  // namespace
 
 // Measured on an H100, bf16, fraction of the memory limit (docs/performance.md):
@@ -238,6 +261,7 @@ Plan plan(const RowProblem& p) {
   while (p.vocab_size * (narrow ? 1 : 2) > few->up_to) few++;
   const int consumers = splits(p) ? std::min(few->consumers, kMaxSplitConsumers) : few->consumers;
   Plan one{0, consumers, 0, few->blocks_per_sm, 0}, two = one;
+  if (sparse(p)) return sparse_plan(d, p, one);
   two.ahead = 1;
   for (const bool tight : {false, true})
     for (int cluster = 1; cluster <= 16 && one.cluster == 0; cluster *= 2) {
@@ -331,8 +355,10 @@ void sparse_row_loss(const RowProblem& p, const Plan& plan, void* memory, void* 
   const SparseWorkspace workspace = sparse_workspace(memory, p.rows, p.sparse.k);
   const auto s = static_cast<cudaStream_t>(stream);
   sparse_prepare(p, workspace, s);
-  if (p.sparse.whole) sweep(p, plan, workspace, stream);
-  if (has_gradient(p)) sparse_patch(p, workspace, s);
+  if (p.sparse.whole)
+    sweep(p, plan, workspace, stream);
+  else if (has_gradient(p))
+    write_gaps(p, workspace, s);
 }
 
 namespace {

@@ -28,19 +28,36 @@ __device__ inline void report_sparse(const RowProblem& p, uint32_t row, bool goo
   for (int i = 0; i < kSparseStats; i++) to[i * p.rows] = good ? stats[i] : nan;
 }
 
-// What a row's statistics come to.
+// What a row's statistics come to: T·gradient is by_rest·e^((z - reference)/T), at an id by_gap·gap + by_share·share, to
+// which cross-entropy adds by_hard·e^(z - hard_reference), and takes at_label from the label's.
 struct SparseNumbers {
   bool good;
   float by_rest, reference, by_hard, hard_reference;
+  float by_gap, by_share, at_label;
 };
-__device__ __forceinline__ SparseNumbers& sparse_numbers(ExchangeMemory* memory, int buffer) {
-  return *reinterpret_cast<SparseNumbers*>(memory->numbers[buffer]);
-}
+
+// Shared memory beside the ring's and the exchange's.
+struct SparseMemory {
+  // Of the rows whose gradient may not be finished: the one whose ids are written, the one before them at hand, and those
+  // begun after that.
+  static constexpr int kRows = 4;
+  SparseNumbers numbers[kRows];
+  uint64_t taken[kMaxSlots];  // the ids' columns are out of a slot
+  uint64_t written[2];        // a row's gradient is there but for the ids; two take turns
+  uint64_t patched[2];        // … and there
+
+  __device__ void init(int slots, int warps) {
+    for (int i = 0; i < slots; i++) barrier_init(shared_address(&taken[i]), 1);
+    for (uint64_t& barrier : written) barrier_init(shared_address(&barrier), warps);
+    for (uint64_t& barrier : patched) barrier_init(shared_address(&barrier), 1);
+  }
+  __device__ uint32_t taken_barrier(int slot) { return shared_address(&taken[slot]); }
+};
 
 // The warp that takes the ids' columns out of a row, as soon as it is there.
 template <class T>
-__device__ void take_out(const ClusterProblem& problem, const SparseRing<T>& ring, uint32_t taken, uint32_t first_row, uint32_t row_step,
-                         int begin, int lane) {
+__device__ void take_out(const ClusterProblem& problem, const SparseRing<T>& ring, SparseMemory* memory, uint32_t first_row,
+                         uint32_t row_step, int begin, int lane) {
   const RowProblem& p = problem.rows;
   const int k = int(p.sparse.k);
   const T nothing = narrow<T>(-__builtin_inff());
@@ -62,9 +79,52 @@ __device__ void take_out(const ClusterProblem& problem, const SparseRing<T>& rin
       }
       async_proxy_fence();  // a later copy overwrites them
       __syncwarp();
-      if (lane == 0) barrier_arrive(taken + slot * 8);
+      if (lane == 0) barrier_arrive(memory->taken_barrier(slot));
       if (++slot == ring.count) slot = 0, parity ^= 1;
     }
+  }
+}
+
+// The warp that writes a row's gradient at the ids, over what the consumers have written there, and at the label.
+template <class T>
+__device__ void patch(const ClusterProblem& problem, SparseMemory* memory, uint32_t first_row, uint32_t row_step, int begin, int lane) {
+  const RowProblem& p = problem.rows;
+  if (!p.gradient) return;
+  const int k = int(p.sparse.k);
+  int ordinal = 0;
+  for (uint32_t row = first_row; row < uint32_t(p.rows); row += row_step, ordinal++) {
+    const int64_t at = int64_t(row) * k;
+    const int *ids = problem.sparse.ids + at, *flags = &problem.sparse.rows[row].flags;
+    const float *gaps = problem.sparse.gaps + at, *shares = problem.sparse.shares + at, *logits = problem.sparse.logits + at;
+    const int of_row = *flags, label = problem.sparse.rows[row].label;
+    const float label_logit = problem.sparse.rows[row].label_logit;
+    int id = lane < k ? ids[lane] : -1;
+    float gap = lane < k ? gaps[lane] : 0, share = lane < k ? shares[lane] : 0;
+    const T* student = row_begin<T>(p.student, row);
+    const GradientRow<T> gradient = gradient_row<T>(p, row_offset(p.gradient_rows, row));
+    // This block's columns.
+    const int phase = phase_of(student), low = max(0, begin - phase), high = min(int(p.vocab_size), begin + problem.share - phase);
+    const float k_log2 = kLog2Ef / (p.temperatures ? static_cast<const float*>(p.temperatures)[row] : problem.temperature);
+    const int b = ordinal & 1;
+    barrier_wait(shared_address(&memory->written[b]), ordinal >> 1 & 1);
+    const SparseNumbers n = memory->numbers[ordinal % SparseMemory::kRows];
+    if (!(of_row & kSkipped) && n.good) {
+      auto hard = [&](float logit) { return n.by_hard != 0 ? n.by_hard * FloatMath::exp2((logit - n.hard_reference) * kLog2Ef) : 0.0f; };
+      for (int j = lane; j < k; j += 32) {
+        if (j != lane) id = ids[j], gap = gaps[j], share = shares[j];
+        if (id < low || id >= high) continue;
+        float g = fmaf(n.by_gap, gap, n.by_share * share);
+        if (n.by_hard != 0) g += hard(logits[j]);
+        if (id == label) g -= n.at_label;
+        store_one(gradient, id, g);
+      }
+      if (lane == 0 && label >= low && label < high && !(of_row & kLabelInside)) {
+        const float of_rest = n.by_rest != 0 ? n.by_rest * FloatMath::exp2((label_logit - n.reference) * k_log2) : 0;
+        store_one(gradient, label, of_rest + hard(label_logit) - n.at_label);
+      }
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(shared_address(&memory->patched[b]));
   }
 }
 
@@ -74,23 +134,25 @@ class SparseSweep {
   static constexpr int G = kGroup<T>;
 
  public:
-  __device__ SparseSweep(const ClusterProblem& problem, const SparseRing<T>& ring, uint32_t taken, const Exchange& exchange,
+  __device__ SparseSweep(const ClusterProblem& problem, const SparseRing<T>& ring, SparseMemory* memory, const Exchange& exchange,
                          int blocks, int rank)
-      : problem_(problem), p_(problem.rows), ring_(ring), taken_(taken), exchange_(exchange), blocks_(blocks), rank_(rank),
+      : problem_(problem), p_(problem.rows), ring_(ring), memory_(memory), exchange_(exchange), blocks_(blocks), rank_(rank),
         mine_(kept(threadIdx.x * G)), step_(kept(exchange.warps * 32 * G)) {}
 
   __device__ void consume(uint32_t first_row, uint32_t row_step) {
     const uint32_t rows = uint32_t(p_.rows);
     InFlight now, next;
-    if (first_row < rows) now = begin(first_row, 0, 0, 0);
-    for (uint32_t row = first_row; row < rows; row += row_step) {
+    int ordinal = 0;
+    if (first_row < rows) now = begin(first_row, 0, 0);
+    for (uint32_t row = first_row; row < rows; row += row_step, ordinal++) {
       int after = now.slot + now.chunks;
       uint32_t parity = now.parity;
       if (after >= ring_.count) after -= ring_.count, parity ^= 1;
       const bool more = row + row_step < rows;
-      if (more && problem_.ahead) next = begin(row + row_step, after, parity, now.buffer ^ 1);
-      finish(row, now);
-      if (more && !problem_.ahead) next = begin(row + row_step, after, parity, now.buffer ^ 1);
+      if (more && problem_.ahead) next = begin(row + row_step, after, parity);
+      finish(row, now, ordinal);
+      if (p_.gradient) hand_over(ordinal);
+      if (more && !problem_.ahead) next = begin(row + row_step, after, parity);
       now = next;
     }
     exchange_.post({Wanted::nothing_more, 0, false, 0, 0});
@@ -101,7 +163,6 @@ class SparseSweep {
   struct InFlight {
     int slot = 0, chunks = 1;
     uint32_t parity = 0;
-    int buffer = 0;      // of its numbers
     int statistics = 0;  // the exchange to wait for
     bool counts = false;
   };
@@ -114,24 +175,24 @@ class SparseSweep {
   }
 
   __device__ __forceinline__ void wait_for(int slot, uint32_t parity) const {
-    barrier_wait(taken_ + slot * 8, parity);
+    barrier_wait(memory_->taken_barrier(slot), parity);
     barrier_wait(ring_.full_barrier(slot), parity);  // which it is: what the copy brought is visible here too
   }
 
-  __device__ __forceinline__ InFlight begin(uint32_t row, int slot, uint32_t parity, int buffer) {
+  __device__ __forceinline__ InFlight begin(uint32_t row, int slot, uint32_t parity) {
     InFlight at;
-    at.slot = slot, at.parity = parity, at.buffer = buffer;
+    at.slot = slot, at.parity = parity;
     wait_for(slot, parity);
     const RowHeader& header = enter(at);
     at.counts = header.scale != 0, at.chunks = header.chunks;
     if (at.counts) {
-      const Request request{Wanted::statistics, buffer, false, slot, row};
+      const Request request{Wanted::statistics, 0, false, slot, row};
       at.statistics = problem_.with_ce && header.temperature != 1 ? statistics<true>(request) : statistics<false>(request);
     }
     return at;
   }
 
-  __device__ __forceinline__ void finish(uint32_t row, const InFlight& at) {
+  __device__ __forceinline__ void finish(uint32_t row, const InFlight& at, int ordinal) {
     const RowHeader& header = enter(at);
     const GradientRow<T> gradient = gradient_row<T>(p_, header.gradient);
     const int width = int(p_.student.width), vocab_size = int(p_.vocab_size);
@@ -142,7 +203,7 @@ class SparseSweep {
       return;
     }
     exchange_.wait(at.statistics);
-    const SparseNumbers n = sparse_numbers(exchange_.memory, at.buffer);
+    const SparseNumbers& n = memory_->numbers[ordinal % SparseMemory::kRows];
     if (!gradient || !n.good) {
       if (gradient) fill(gradient, 0, width, __builtin_nanf(""));
       release(at.chunks);
@@ -154,6 +215,14 @@ class SparseSweep {
       write<false>(n, gradient);
     if (columns_ == 0) release(at.chunks);
     if (width > vocab_size) fill(gradient, vocab_size, width, 0.0f);
+  }
+
+  // The row to the warp that patches it, once that has done with the row before the last.
+  __device__ __forceinline__ void hand_over(int ordinal) const {
+    const int b = ordinal & 1, turn = ordinal >> 1;
+    if (turn) barrier_wait(shared_address(&memory_->patched[b]), (turn - 1) & 1);
+    __syncwarp();
+    if (exchange_.lane == 0) barrier_arrive(shared_address(&memory_->written[b]));
   }
 
   // ---- Sweeps over this block's share: f<Special>(columns' bits, column), G columns a call, this thread's own every time.
@@ -312,7 +381,7 @@ class SparseSweep {
     }
   };
 
-  // ---- The gradient; at the ids, which are -inf here, it becomes 0 until `patch`.
+  // ---- The gradient; at the ids, which are -inf here, it becomes 0 until the row is patched.
   template <bool Hard>
   __device__ __forceinline__ void write(const SparseNumbers& n, GradientRow<T> gradient) {
     const GradientRow<T> out = gradient - low_;
@@ -338,7 +407,7 @@ class SparseSweep {
   const ClusterProblem& problem_;
   const RowProblem& p_;
   SparseRing<T> ring_;
-  const uint32_t taken_;  // barriers, one a slot
+  SparseMemory* memory_;
   Exchange exchange_;
   const int blocks_, rank_;
   const uint32_t mine_, step_;  // this thread's first column in a slot, and from there to the next
@@ -364,7 +433,9 @@ class SparseTotals : Totals<T, ForwardKL> {
   using Base::warps_;
 
  public:
-  using Base::Base;
+  __device__ SparseTotals(const ClusterProblem& problem, const RowHeader* headers, ExchangeMemory* memory, SparseMemory* sparse,
+                          int blocks, int rank, int warps, int lane)
+      : Base(problem, headers, memory, blocks, rank, warps, lane), sparse_(sparse) {}
 
   __device__ void serve(uint32_t first_row, uint32_t row_step) {
     uint32_t row = first_row;
@@ -377,7 +448,7 @@ class SparseTotals : Totals<T, ForwardKL> {
       Parcel part;
       if (lane_ < warps_) part = memory_->of_warps[b][lane_];
       if (request.row != row) found = prepared(request.row);
-      statistics(part, request, found);
+      statistics(part, request, found, (request.row - first_row) / row_step);
       __syncwarp();
       if (lane_ == 0) barrier_arrive(shared_address(&memory_->ready[b]));
       row = request.row + row_step;
@@ -404,7 +475,7 @@ class SparseTotals : Totals<T, ForwardKL> {
     return all;
   }
 
-  __device__ void statistics(Parcel part, const Request& request, const IdsRow& found) {
+  __device__ void statistics(Parcel part, const Request& request, const IdsRow& found, uint32_t ordinal) {
     const RowHeader row = headers_[request.slot];
     const float k = row.log2e_over_temperature;
     All rest = add_up(part, k, lane_ < warps_);
@@ -413,11 +484,12 @@ class SparseTotals : Totals<T, ForwardKL> {
       part = across<4>(which);
       rest = add_up(part, k, lane_ < blocks_);
     }
-    if (lane_ == 0) finish(request, row, found, rest);
+    if (lane_ == 0) finish(request, row, found, rest, sparse_->numbers[ordinal % SparseMemory::kRows]);
   }
 
   // One thread's work: a few dozen numbers, none of which waits for another's memory.
-  __device__ void finish(const Request& request, const RowHeader& row, const IdsRow& found, const All& rest) {
+  __device__ void finish(const Request& request, const RowHeader& row, const IdsRow& found, const All& rest,
+                         SparseNumbers& out) {
     const float temperature = row.temperature, inv_temperature = reciprocal(temperature), k = row.log2e_over_temperature;
     const bool hard = problem_.with_ce && temperature != 1;
     const float reference = fmaxf(found.student_reference, rest.reference);
@@ -444,21 +516,17 @@ class SparseTotals : Totals<T, ForwardKL> {
     const float by_scale = problem_.scale_gradient ? row.scale : 1.0f;
     const float kd = problem_.kd_weight * (problem_.scale_by_temperature ? temperature : inv_temperature) * by_scale;
     const float ce = problem_.with_ce ? problem_.ce_weight * by_scale : 0, folded = hard ? 0 : ce;
-    SparseNumbers n{good, 0, rest.reference, 0, reference};
+    SparseNumbers n{good, 0, rest.reference, 0, reference, kd * terms.within, fmaf(kd, terms.moved, folded * terms.student_strong), ce};
     if (rest.sum > 0) n.by_rest = fmaf(-kd, terms.moved, folded * terms.student_weak) / rest.sum;
     if (hard) n.by_hard = ce / hard_total;
-    sparse_numbers(memory_, request.buffer) = n;
+    out = n;
     if (rank_ != 0) return;
-
-    IdsRow& out = problem_.sparse.rows[request.row];
-    out.by_gap = kd * terms.within, out.by_share = fmaf(kd, terms.moved, folded * terms.student_strong);
-    out.by_rest = n.by_rest, out.rest_reference = n.reference, out.by_hard = n.by_hard, out.hard_reference = n.hard_reference;
-    out.at_label = ce;
-    if (!good) out.flags = found.flags | kInvalid;
     const float agrees = found.top_logit > -__builtin_inff() && found.top_logit >= fmaxf(rest.largest, found.student_reference);
     report_sparse(p_, request.row, good, row.scale, temperature,
                   {terms.loss(found.within), cross_entropy, lse, found.teacher_lse, found.teacher_mass, terms.student_strong, agrees});
   }
+
+  SparseMemory* sparse_;
 };
 
 }  // namespace kdkernels::cuda

@@ -1,6 +1,6 @@
-// Sparse teachers on a GPU: three launches. `prepare` cleans a row's ids, gathers the student's logits there and computes all
-// that the given ids decide alone; the sweep (sparse.cuh) reads the rest of the row, reports the row and writes the gradient
-// outside the ids; `patch` writes it at the ids. Between them stands a workspace.
+// Sparse teachers on a GPU: two launches. `prepare` cleans a row's ids, gathers the student's logits there and computes all
+// that the given ids decide alone; the sweep (sparse.cuh) reads the rest of the row, reports the row and writes the
+// gradient. Where nothing but the ids matters, `write_gaps` does that instead. Between them stands a workspace.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -12,25 +12,23 @@
 
 namespace kdkernels::cuda {
 
-// What `prepare` finds out about a row, and what `patch` is to do with it.
+// What `prepare` finds out about a row.
 struct alignas(16) IdsRow {
   // Within S: the largest logit, and the sums of e^((z - it)/T) and of e^(z - it). -1e30 and 0: no mass.
   float student_reference, student_sum, hard_sum;
-  float within;                           // the divergence within S
-  double log_mass;                        // log(P_S), as given; -inf: none
+  float within;     // the divergence within S
+  double log_mass;  // log(P_S), as given; -inf: none
   float teacher_lse, teacher_mass;
-  float top_logit;                        // the student's at the teacher's most likely token; -inf: it names none
+  float top_logit;  // the student's at the teacher's most likely token; -inf: it names none
   float label_logit;
-  int ids;                                // in S
+  int label;        // -1: none to read
+  int ids;          // in S
   int flags;
-  // T·gradient: at an id by_gap·gap + by_share·share, elsewhere by_rest·2^((z - rest_reference)·log2(e)/T); then in both
-  // cross-entropy: + by_hard·e^(z - hard_reference), and - at_label at the label.
-  float by_gap, by_share, by_rest, rest_reference, by_hard, hard_reference, at_label;
-  int label;                              // -1: nothing to do there
+  float by_gap;     // where nothing but the ids matters: their gradient is by_gap·gap
 };
-enum SparseFlag : int {
-  kSkipped = 1,       // not read: everything is 0
-  kInvalid = 2,       // NaN
+enum IdsFlag : int {
+  kSkipped = 1,      // not read: everything is 0
+  kInvalid = 2,      // NaN
   kLabelInside = 4,  // the label is one of the ids
 };
 
@@ -53,11 +51,11 @@ inline SparseWorkspace sparse_workspace(void* memory, int64_t rows, int64_t k) {
 }
 
 // The sweep's address, for the launch functions of the runtime; one translation unit per dtype (sparse_kernel.cu).
-constexpr int kSparseHelpers = 96;
+constexpr int kSparseHelpers = 128;
 template <class T>
 const void* sparse_kernel();
 
 void sparse_prepare(const RowProblem& problem, const SparseWorkspace& workspace, cudaStream_t stream);
-void sparse_patch(const RowProblem& problem, const SparseWorkspace& workspace, cudaStream_t stream);
+void write_gaps(const RowProblem& problem, const SparseWorkspace& workspace, cudaStream_t stream);
 
 }  // namespace kdkernels::cuda
