@@ -68,11 +68,11 @@ struct Places {
   }
 };
 
-__device__ int64_t id_at(const SparseTeacher& t, uint32_t row, int j) {
+__device__ inline int64_t id_at(const SparseTeacher& t, uint32_t row, int j) {
   const int64_t at = int64_t(row) * t.ids_stride + j;
   return t.ids_are_64_bit ? static_cast<const int64_t*>(t.ids)[at] : static_cast<const int32_t*>(t.ids)[at];
 }
-__device__ float logprob_at(const SparseTeacher& t, uint32_t row, int j) {
+__device__ inline float logprob_at(const SparseTeacher& t, uint32_t row, int j) {
   const int64_t at = int64_t(row) * t.logprobs_stride + j;
   switch (t.logprobs_dtype) {
     case DType::bfloat16: return float(static_cast<const __nv_bfloat16*>(t.logprobs)[at]);
