@@ -20,7 +20,7 @@ struct SparseNumbers {
 // Shared memory beside the ring's and the exchange's, and who waits for whom: a row's ids are prepared, its totals made of
 // them and the consumers' sums, its gradient written and then patched; its place is free when it is.
 struct SparseMemory {
-  static constexpr int kRows = 4;  // prepared and not patched
+  static constexpr int kRows = 2 * kPreparers;  // in preparation, or prepared and not patched
   IdsRow rows[kRows];
   SparseNumbers numbers[kRows];
   uint64_t taken[kMaxSlots];  // the ids' columns are out of a slot
@@ -39,9 +39,9 @@ struct SparseMemory {
   static __device__ void wait(uint64_t* barriers, int n) { barrier_wait(shared_address(&barriers[n % kRows]), n / kRows & 1); }
 };
 
-// Dynamic shared memory ahead of the ring: the table of a row's ids, and of the rows prepared here ids, logits, gaps and
+// Dynamic shared memory ahead of the ring: the tables of the rows' ids in preparation, and of the rows prepared here ids, logits, gaps and
 // shares.
-constexpr int resident_table_bytes(int64_t k) { return int(2 * sizeof(int)) << table_bits(k); }
+constexpr int resident_table_bytes(int64_t k) { return kPreparers * int(2 * sizeof(int)) << table_bits(k); }
 constexpr int resident_bytes(int64_t k) {
   return (resident_table_bytes(k) + SparseMemory::kRows * int((k + 3) / 4 * 4) * 16 + 127) / 128 * 128;
 }
@@ -51,33 +51,34 @@ __device__ inline SparseWorkspace resident_workspace(unsigned char* shared, Spar
   return {reinterpret_cast<int*>(words), words + n, words + 2 * n, words + 3 * n, memory->rows};
 }
 
+// How many rows before a row's own turn the ring begins to hold it.
+constexpr int kAhead = 3;
+
 // Where a row's ids are found: at its own place in the workspace, or, prepared here, at that of the few in flight.
 template <bool Resident>
 __device__ __forceinline__ int64_t place_of(uint32_t row, int ordinal) {
   return Resident ? ordinal % SparseMemory::kRows : int64_t(row);
 }
 
-// The warp that prepares rows, as soon as they are there: the logits it picks are in the cache then.
+// A warp that prepares every so many rows, when they are on their way to shared memory: the logits it picks are in the
+// cache then.
 template <class T>
-__device__ void prepare(const ClusterProblem& problem, const SparseRing<T>& ring, SparseMemory* memory, const SparseWorkspace& workspace,
-                        int* table, uint32_t first_row, uint32_t row_step, int lane) {
+__device__ void prepare(const ClusterProblem& problem, SparseMemory* memory, const SparseWorkspace& workspace, int* tables,
+                        uint32_t first_row, uint32_t row_step, int preparer, int lane) {
   const RowProblem& p = problem.rows;
   const Team<32> team{nullptr, lane};
   const int bits = table_bits(p.sparse.k);
+  int* const table = tables + (preparer << (bits + 1));
   const Places places{table, table + (1 << bits), bits};
-  int slot = 0, ordinal = 0;
-  uint32_t parity = 0;
-  for (uint32_t row = first_row; row < uint32_t(p.rows); row += row_step, ordinal++) {
+  for (int ordinal = preparer;; ordinal += kPreparers) {
+    const int64_t row = first_row + int64_t(ordinal) * row_step;
+    if (row >= p.rows) return;
     if (ordinal >= SparseMemory::kRows) SparseMemory::wait(memory->patched, ordinal - SparseMemory::kRows);
-    prepare_row<T, kMostResident / 32>(p, row, team, places, workspace, place_of<true>(row, ordinal), [&] {
-      barrier_wait(ring.full_barrier(slot), parity);
+    prepare_row<T, kMostResident / 32>(p, uint32_t(row), team, places, workspace, place_of<true>(uint32_t(row), ordinal), [&] {
+      if (ordinal >= kAhead) SparseMemory::wait(memory->written, ordinal - kAhead);
     });
-    barrier_wait(ring.full_barrier(slot), parity);
-    const int chunks = ring.headers[slot].chunks;  // before consumers may give the slot away
     __syncwarp();
     if (lane == 0) SparseMemory::arrive(memory->prepared, ordinal);
-    slot += chunks;
-    if (slot >= ring.count) slot -= ring.count, parity ^= 1;
   }
 }
 
@@ -88,7 +89,7 @@ __device__ void take_out(const ClusterProblem& problem, const SparseRing<T>& rin
   const RowProblem& p = problem.rows;
   const int k = int(p.sparse.k);
   const T nothing = narrow<T>(-__builtin_inff());
-  constexpr int kEarly = kMostResident / 32;  // a lane's ids that are on their way while the row is
+  constexpr int kEarly = 8;  // a lane's ids that are on their way while the row is
   int slot = 0;
   uint32_t parity = 0;
   for (uint32_t row = first_row; row < uint32_t(p.rows); row += row_step) {
@@ -101,24 +102,35 @@ __device__ void take_out(const ClusterProblem& problem, const SparseRing<T>& rin
     for (int i = 0; i < kEarly; i++) early[i] = id_of(i * 32 + lane);
     barrier_wait(ring.full_barrier(slot), parity);
     const RowHeader header = ring.headers[slot];
-    const int end = begin + header.columns;
-    for (int chunk = 0; chunk < header.chunks; chunk++) {
-      if (chunk) barrier_wait(ring.full_barrier(slot), parity);
-      const int first = begin + chunk * ring.slot_columns, columns = min(ring.slot_columns, end - first);
-      const uint32_t address = ring.student(slot);
-      auto take = [&](int id) {
-        const int at = id + header.phase - first;
-        if (id >= 0 && at >= 0 && at < columns)
-          *reinterpret_cast<T*>(__cvta_shared_to_generic(address + at * uint32_t(sizeof(T)))) = nothing;
-      };
+    // The slots are the row's one after the other; many ids are read once for all of them.
+    const bool many = k > 32 * kEarly;
+    auto take = [&](int id, int from, int to) {
+      const int at = id + header.phase - begin;
+      if (id < 0 || at < from || at >= to) return;
+      int there = slot + (at - from) / ring.slot_columns;
+      if (there >= ring.count) there -= ring.count;
+      *reinterpret_cast<T*>(__cvta_shared_to_generic(ring.student(there) + (at - from) % ring.slot_columns * uint32_t(sizeof(T)))) = nothing;
+    };
+    const int in_row = header.columns;
+    for (int chunk = 0; chunk < header.chunks;) {
+      const int from = chunk * ring.slot_columns, last = many ? header.chunks : chunk + 1;
+      int next = slot;
+      uint32_t then = parity;
+      for (; chunk < last; chunk++) {
+        barrier_wait(ring.full_barrier(next), then);
+        if (++next == ring.count) next = 0, then ^= 1;
+      }
+      const int to = min(last * ring.slot_columns, in_row);
 #pragma unroll
-      for (int i = 0; i < kEarly; i++) take(early[i]);
-#pragma unroll 4
-      for (int j = 32 * kEarly + lane; j < k; j += 32) take(id_of(j));
+      for (int i = 0; i < kEarly; i++) take(early[i], from, to);
+#pragma unroll 8
+      for (int j = 32 * kEarly + lane; j < k; j += 32) take(id_of(j), from, to);
       async_proxy_fence();  // a later copy overwrites them
       __syncwarp();
-      if (lane == 0) barrier_arrive(memory->taken_barrier(slot));
-      if (++slot == ring.count) slot = 0, parity ^= 1;
+      for (; slot != next || parity != then;) {
+        if (lane == 0) barrier_arrive(memory->taken_barrier(slot));
+        if (++slot == ring.count) slot = 0, parity ^= 1;
+      }
     }
   }
 }

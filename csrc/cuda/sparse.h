@@ -43,7 +43,7 @@ struct SparseWorkspace {
 };
 
 // The most ids a row that the sweep prepares itself may have.
-constexpr int kMostResident = 256;
+constexpr int kMostResident = 64;
 inline bool is_resident(const SparseTeacher& t) { return t.whole && t.k <= kMostResident; }
 
 // Of a table that finds repeated ids.
@@ -63,8 +63,9 @@ inline SparseWorkspace sparse_workspace(void* memory, int64_t rows, int64_t k) {
 }
 
 // The sweep's address, for the launch functions of the runtime; one translation unit per dtype (sparse_kernel.cu).
-// 20 warps in all, five on each quarter of a multiprocessor: one more would leave each of them 16 registers less.
-constexpr int kMaxSparseConsumers = 480, kSparseHelpers = 160;
+// 20 warps in all, five on each quarter of a multiprocessor: one more would leave each of them 16 registers less. A row's
+// ids take a warp several times as long as the sweep takes a row: so many prepare rows in turn.
+constexpr int kPreparers = 4, kMaxSparseConsumers = 384, kSparseHelpers = 32 * (kPreparers + 4);
 template <class T>
 const void* sparse_kernel(bool resident);
 

@@ -51,7 +51,8 @@ void prepare_in(const RowProblem& p, const SparseWorkspace& workspace, cudaStrea
 // Few ids are a warp's, which waits for nobody; many a block's.
 template <class T>
 void prepare_as(const RowProblem& p, const SparseWorkspace& workspace, cudaStream_t stream) {
-  if (p.sparse.k <= kMostResident) return prepare_in<T, kMostResident / 32, 32>(p, workspace, stream);
+  if (p.sparse.k <= 64) return prepare_in<T, 2, 32>(p, workspace, stream);
+  if (p.sparse.k <= 256) return prepare_in<T, 8, 32>(p, workspace, stream);
   return prepare_in<T, 16, kThreads>(p, workspace, stream);
 }
 

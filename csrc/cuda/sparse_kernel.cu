@@ -5,7 +5,8 @@
 
 namespace kdkernels::cuda {
 
-// The last five warps of a block copy, prepare the ids, take their columns out, write their gradient, and add up totals.
+// The last eight warps of a block copy, take the ids' columns out, write their gradient, add up totals, and, four of them,
+// prepare the ids.
 template <class T, bool Resident>
 __global__ void __launch_bounds__(kMaxSparseConsumers + kSparseHelpers, 1) sparse_cluster(const __grid_constant__ ClusterProblem problem) {
   extern __shared__ __align__(128) unsigned char shared[];
@@ -40,15 +41,14 @@ __global__ void __launch_bounds__(kMaxSparseConsumers + kSparseHelpers, 1) spars
     if (lane == 0) ring.template produce<false>(problem, first_row, row_step, rank * problem.share);
     __syncwarp();
   } else if (warp == warps + 1) {
-    if constexpr (Resident)
-      prepare<T>(problem, ring, &sparse_memory, workspace, reinterpret_cast<int*>(shared), first_row, row_step, lane);
-  } else if (warp == warps + 2) {
     take_out<T>(problem, ring, &sparse_memory, first_row, row_step, rank * problem.share, lane);
-  } else if (warp == warps + 3) {
+  } else if (warp == warps + 2) {
     patch<T, Resident>(problem, &sparse_memory, workspace, first_row, row_step, rank * problem.share, lane);
-  } else {
+  } else if (warp == warps + 3) {
     SparseTotals<T, Resident>(problem, headers, &exchange_memory, &sparse_memory, workspace, blocks, rank, warps, lane)
         .serve(first_row, row_step);
+  } else if constexpr (Resident) {
+    prepare<T>(problem, &sparse_memory, workspace, reinterpret_cast<int*>(shared), first_row, row_step, warp - (warps + 4), lane);
   }
   cluster_sync();  // no block leaves while another may still store into it
 }
