@@ -76,6 +76,11 @@ __device__ __forceinline__ void store_remote(uint32_t address, uint4 x, uint32_t
                : "memory");
 }
 
+// A launch that may overlap the one before it (programmatic stream serialization): it begins once all blocks of that have
+// called launch_dependents or are gone, and waits for its memory in wait_for_launch_before.
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_launch_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t x;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(x));

@@ -84,9 +84,9 @@ bool sparse(const RowProblem& p) { return p.sparse.tail != Tail::none; }
 const void* kernel_of(const RowProblem& p) {
   if (sparse(p)) {
     switch (p.student.dtype) {
-      case DType::bfloat16: return sparse_kernel<__nv_bfloat16>(is_resident(p.sparse));
-      case DType::float16: return sparse_kernel<__half>(is_resident(p.sparse));
-      default: return sparse_kernel<float>(is_resident(p.sparse));
+      case DType::bfloat16: return sparse_kernel<__nv_bfloat16>();
+      case DType::float16: return sparse_kernel<__half>();
+      default: return sparse_kernel<float>();
     }
   }
   if (!splits(p)) return kernel_of(p.student.dtype, p.divergence);
@@ -100,7 +100,7 @@ const void* kernel_of(const RowProblem& p) {
 // Threads of a block beside the consumers.
 int helpers(const RowProblem& p) { return sparse(p) ? kSparseHelpers : splits(p) ? kSplitHelpers : 64; }
 
-int most_consumers(const RowProblem& p) { return sparse(p) ? kMaxSparseConsumers : splits(p) ? kMaxSplitConsumers : kMaxConsumers; }
+int most_consumers(const RowProblem& p) { return splits(p) ? kMaxSplitConsumers : kMaxConsumers; }
 
 int group(const RowProblem& p) { return int(16 / bytes_per_element(p.student.dtype)); }
 
@@ -116,18 +116,13 @@ int static_shared(const RowProblem& p) {
   return kStaticShared + (splits(p) ? int(sizeof(SplitMemory<float>)) : sparse(p) ? int(sizeof(SparseMemory)) : 0);
 }
 
-// Dynamic shared memory that lies before the ring.
-int64_t before_ring(const RowProblem& p, const Plan& plan) {
-  return sparse(p) && is_resident(p.sparse) ? resident_bytes(p.sparse.k) : split_bytes(p.strong.id, plan.cluster);
-}
-
 int64_t slot_bytes(const RowProblem& p, const Plan& plan) {
   return plan.slot_columns * ((sparse(p) ? 1 : 2) * bytes_per_element(p.student.dtype) + (p.strong.mask ? 1 : 0));
 }
 
 int slots(const Device& d, const RowProblem& p, const Plan& plan) {
   const int64_t per_block = std::min<int64_t>(d.shared_per_block, d.shared_per_sm / plan.blocks_per_sm - d.reserved);
-  const int64_t room = per_block - static_shared(p) - before_ring(p, plan);
+  const int64_t room = per_block - static_shared(p) - split_bytes(p.strong.id, plan.cluster);
   const int64_t slot = slot_bytes(p, plan);
   return int(std::clamp<int64_t>(room / slot, 0, kMaxSlots));
 }
@@ -318,16 +313,18 @@ void sweep(const RowProblem& p, const Plan& plan, const SparseWorkspace& workspa
                          workspace};
   const void* kernel = kernel_of(p);
 
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {unsigned(plan.cluster), 1, 1};
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {unsigned(plan.cluster), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;  // see wait_for_launch_before
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.blockDim = dim3(unsigned(plan.consumers + helpers(p)));
   config.gridDim = dim3(unsigned(plan.cluster));
-  config.dynamicSmemBytes = size_t(problem.slots) * size_t(slot_bytes(p, plan)) + size_t(before_ring(p, plan));
+  config.dynamicSmemBytes = size_t(problem.slots) * size_t(slot_bytes(p, plan)) + size_t(split_bytes(p.strong.id, plan.cluster));
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = sparse(p) ? 2 : 1;
 
   // As many clusters as the chip holds at once; asked once for each kind of launch.
   static std::mutex mutex;
@@ -355,13 +352,13 @@ void sweep(const RowProblem& p, const Plan& plan, const SparseWorkspace& workspa
 
 void row_loss(const RowProblem& p, const Plan& plan, void* stream) { sweep(p, plan, {}, stream); }
 
-int64_t sparse_bytes(const RowProblem& p) { return is_resident(p.sparse) ? 0 : sparse_workspace_bytes(p.rows, p.sparse.k); }
+int64_t sparse_bytes(const RowProblem& p) { return sparse_workspace_bytes(p.rows, p.sparse.k); }
 
 void sparse_row_loss(const RowProblem& p, const Plan& plan, void* memory, void* stream) {
   if (p.rows == 0) return;
   const SparseWorkspace workspace = sparse_workspace(memory, p.rows, p.sparse.k);
   const auto s = static_cast<cudaStream_t>(stream);
-  if (!is_resident(p.sparse)) sparse_prepare(p, workspace, s);
+  sparse_prepare(p, workspace, s);
   if (p.sparse.whole)
     sweep(p, plan, workspace, stream);
   else if (has_gradient(p))

@@ -2,7 +2,7 @@
 // shared memory, sweeps it for its statistics and once more for the gradient. Before the first sweep a warp of its own
 // takes the ids' columns out (-inf), so that the sums are of the other columns alone: nothing is subtracted.
 #pragma once
-#include "sparse_ids.cuh"
+#include "sparse_row.cuh"
 
 namespace kdkernels::cuda {
 
@@ -17,20 +17,18 @@ struct SparseNumbers {
   float by_gap, by_share, at_label;
 };
 
-// Shared memory beside the ring's and the exchange's, and who waits for whom: a row's ids are prepared, its totals made of
-// them and the consumers' sums, its gradient written and then patched; its place is free when it is.
+// Shared memory beside the ring's and the exchange's.
 struct SparseMemory {
-  static constexpr int kRows = 2 * kPreparers;  // in preparation, or prepared and not patched
-  IdsRow rows[kRows];
+  static constexpr int kRows = 4;  // begun, and their gradient not finished
   SparseNumbers numbers[kRows];
   uint64_t taken[kMaxSlots];  // the ids' columns are out of a slot
-  uint64_t prepared[kRows], written[kRows], patched[kRows];
+  uint64_t written[kRows];    // a row's gradient is there but for the ids
+  uint64_t patched[kRows];    // … and there
 
   __device__ void init(int slots, int warps) {
     for (int i = 0; i < slots; i++) barrier_init(shared_address(&taken[i]), 1);
     for (int i = 0; i < kRows; i++) {
-      barrier_init(shared_address(&prepared[i]), 1), barrier_init(shared_address(&patched[i]), 1);
-      barrier_init(shared_address(&written[i]), warps);
+      barrier_init(shared_address(&written[i]), warps), barrier_init(shared_address(&patched[i]), 1);
     }
   }
   __device__ uint32_t taken_barrier(int slot) { return shared_address(&taken[slot]); }
@@ -38,49 +36,6 @@ struct SparseMemory {
   static __device__ void arrive(uint64_t* barriers, int n) { barrier_arrive(shared_address(&barriers[n % kRows])); }
   static __device__ void wait(uint64_t* barriers, int n) { barrier_wait(shared_address(&barriers[n % kRows]), n / kRows & 1); }
 };
-
-// Dynamic shared memory ahead of the ring: the tables of the rows' ids in preparation, and of the rows prepared here ids, logits, gaps and
-// shares.
-constexpr int resident_table_bytes(int64_t k) { return kPreparers * int(2 * sizeof(int)) << table_bits(k); }
-constexpr int resident_bytes(int64_t k) {
-  return (resident_table_bytes(k) + SparseMemory::kRows * int((k + 3) / 4 * 4) * 16 + 127) / 128 * 128;
-}
-__device__ inline SparseWorkspace resident_workspace(unsigned char* shared, SparseMemory* memory, int k) {
-  const int n = SparseMemory::kRows * ((k + 3) / 4 * 4);
-  auto* words = reinterpret_cast<float*>(shared + resident_table_bytes(k));
-  return {reinterpret_cast<int*>(words), words + n, words + 2 * n, words + 3 * n, memory->rows};
-}
-
-// How many rows before a row's own turn the ring begins to hold it.
-constexpr int kAhead = 3;
-
-// Where a row's ids are found: at its own place in the workspace, or, prepared here, at that of the few in flight.
-template <bool Resident>
-__device__ __forceinline__ int64_t place_of(uint32_t row, int ordinal) {
-  return Resident ? ordinal % SparseMemory::kRows : int64_t(row);
-}
-
-// A warp that prepares every so many rows, when they are on their way to shared memory: the logits it picks are in the
-// cache then.
-template <class T>
-__device__ void prepare(const ClusterProblem& problem, SparseMemory* memory, const SparseWorkspace& workspace, int* tables,
-                        uint32_t first_row, uint32_t row_step, int preparer, int lane) {
-  const RowProblem& p = problem.rows;
-  const Team<32> team{nullptr, lane};
-  const int bits = table_bits(p.sparse.k);
-  int* const table = tables + (preparer << (bits + 1));
-  const Places places{table, table + (1 << bits), bits};
-  for (int ordinal = preparer;; ordinal += kPreparers) {
-    const int64_t row = first_row + int64_t(ordinal) * row_step;
-    if (row >= p.rows) return;
-    if (ordinal >= SparseMemory::kRows) SparseMemory::wait(memory->patched, ordinal - SparseMemory::kRows);
-    prepare_row<T, kMostResident / 32>(p, uint32_t(row), team, places, workspace, place_of<true>(uint32_t(row), ordinal), [&] {
-      if (ordinal >= kAhead) SparseMemory::wait(memory->written, ordinal - kAhead);
-    });
-    __syncwarp();
-    if (lane == 0) SparseMemory::arrive(memory->prepared, ordinal);
-  }
-}
 
 // The warp that takes the ids' columns out of a row, as soon as it is there: all ids, whether they count or not.
 template <class T>
@@ -136,11 +91,13 @@ __device__ void take_out(const ClusterProblem& problem, const SparseRing<T>& rin
 }
 
 // The warp that writes a row's gradient at the ids, over what the consumers have written there, and at the label.
-template <class T, bool Resident>
-__device__ void patch(const ClusterProblem& problem, SparseMemory* memory, const SparseWorkspace& workspace, uint32_t first_row,
-                      uint32_t row_step, int begin, int lane) {
+template <class T>
+__device__ void patch(const ClusterProblem& problem, SparseMemory* memory, uint32_t first_row, uint32_t row_step, int begin, int lane) {
   const RowProblem& p = problem.rows;
+  const SparseWorkspace& workspace = problem.sparse;
   const int k = int(p.sparse.k);
+  constexpr int kEarly = 4;  // a lane's ids that are on their way while the row is written
+  wait_for_launch_before();
   int ordinal = 0;
   for (uint32_t row = first_row; row < uint32_t(p.rows); row += row_step, ordinal++) {
     const GradientRow<T> gradient = gradient_row<T>(p, row_offset(p.gradient_rows, row));
@@ -148,25 +105,38 @@ __device__ void patch(const ClusterProblem& problem, SparseMemory* memory, const
     const int phase = phase_of(row_begin<T>(p.student, row));
     const int low = max(0, begin - phase), high = min(int(p.vocab_size), begin + problem.share - phase);
     const float scale = kLog2Ef / (p.temperatures ? static_cast<const float*>(p.temperatures)[row] : problem.temperature);
-    const int64_t place = place_of<Resident>(row, ordinal), first = place * k;
+    const int64_t first = int64_t(row) * k;
+    const IdsRow found = workspace.rows[row];
+    int ids[kEarly];
+    float gaps[kEarly], shares[kEarly];
+    auto load = [&](int from) {
+#pragma unroll
+      for (int i = 0; i < kEarly; i++) {
+        const int j = from + 32 * i + lane;
+        ids[i] = j < k ? workspace.ids[first + j] : -1;
+        gaps[i] = j < k ? workspace.gaps[first + j] : 0, shares[i] = j < k ? workspace.shares[first + j] : 0;
+      }
+    };
+    load(0);
     SparseMemory::wait(memory->written, ordinal);
     const SparseNumbers n = memory->numbers[ordinal % SparseMemory::kRows];
-    const IdsRow& found = workspace.rows[place];
     if (gradient && !(found.flags & kSkipped) && n.good) {
       auto hard = [&](float logit) { return n.by_hard != 0 ? n.by_hard * FloatMath::exp2((logit - n.hard_reference) * kLog2Ef) : 0.0f; };
-      const int label = found.label;
-#pragma unroll 2
-      for (int j = lane; j < k; j += 32) {
-        const int id = workspace.ids[first + j];
-        if (id < low || id >= high) continue;
-        float g = fmaf(n.by_gap, workspace.gaps[first + j], n.by_share * workspace.shares[first + j]);
-        if (n.by_hard != 0) g += hard(workspace.logits[first + j]);
-        if (id == label) g -= n.at_label;
-        store_one(gradient, id, g);
+      for (int from = 0; from < k; from += 32 * kEarly) {
+        if (from) load(from);
+#pragma unroll
+        for (int i = 0; i < kEarly; i++) {
+          const int id = ids[i];
+          if (id < low || id >= high) continue;
+          float g = fmaf(n.by_gap, gaps[i], n.by_share * shares[i]);
+          if (n.by_hard != 0) g += hard(workspace.logits[first + from + 32 * i + lane]);
+          if (id == found.label) g -= n.at_label;
+          store_one(gradient, id, g);
+        }
       }
-      if (lane == 0 && label >= low && label < high && !(found.flags & kLabelInside)) {
+      if (lane == 0 && found.label >= low && found.label < high && !(found.flags & kLabelInside)) {
         const float of_rest = n.by_rest != 0 ? n.by_rest * FloatMath::exp2((found.label_logit - n.reference) * scale) : 0;
-        store_one(gradient, label, of_rest + hard(found.label_logit) - n.at_label);
+        store_one(gradient, found.label, of_rest + hard(found.label_logit) - n.at_label);
       }
     }
     __syncwarp();
@@ -174,7 +144,7 @@ __device__ void patch(const ClusterProblem& problem, SparseMemory* memory, const
   }
 }
 
-template <class T, bool Resident>
+template <class T>
 class SparseSweep {
   using Math = FloatMath;
   static constexpr int G = kGroup<T>;
@@ -243,7 +213,6 @@ class SparseSweep {
     const GradientRow<T> gradient = gradient_row<T>(p_, header.gradient);
     const int width = int(p_.student.width), vocab_size = int(p_.vocab_size);
     if (!at.counts) {
-      if constexpr (Resident) SparseMemory::wait(memory_->prepared, ordinal);  // who prepares is no further behind
       if (rank_ == 0 && threadIdx.x == 0) report_sparse(p_, row, true, 0, 1, {});
       if (gradient) fill(gradient, 0, width, 0.0f);
       release(1);
@@ -464,7 +433,7 @@ class SparseSweep {
 };
 
 // The warp that makes a row's numbers of all sums, and reports it.
-template <class T, bool Resident>
+template <class T>
 class SparseTotals : Totals<T, ForwardKL> {
   using Base = Totals<T, ForwardKL>;
   using Math = FloatMath;
@@ -480,13 +449,13 @@ class SparseTotals : Totals<T, ForwardKL> {
 
  public:
   __device__ SparseTotals(const ClusterProblem& problem, const RowHeader* headers, ExchangeMemory* memory, SparseMemory* sparse,
-                          const SparseWorkspace& workspace, int blocks, int rank, int warps, int lane)
-      : Base(problem, headers, memory, blocks, rank, warps, lane), sparse_(sparse), workspace_(workspace) {}
+                          int blocks, int rank, int warps, int lane)
+      : Base(problem, headers, memory, blocks, rank, warps, lane), sparse_(sparse) {}
 
   __device__ void serve(uint32_t first_row, uint32_t row_step) {
-    // Prepared before: a row is on its way while the one before it is at work.
+    wait_for_launch_before();
     uint32_t row = first_row;
-    IdsRow early = Resident ? IdsRow{} : prepared(row);
+    IdsRow found = prepared(row);  // on its way while the row is swept
     for (int n = 0;; n++) {
       const int b = n % ExchangeMemory::kInFlight;
       barrier_wait(shared_address(&memory_->posted[b]), n / ExchangeMemory::kInFlight & 1);
@@ -495,21 +464,16 @@ class SparseTotals : Totals<T, ForwardKL> {
       Parcel part;
       if (lane_ < warps_) part = memory_->of_warps[b][lane_];
       const int ordinal = int((request.row - first_row) / row_step);
-      if constexpr (Resident) {
-        SparseMemory::wait(sparse_->prepared, ordinal);
-        statistics(part, request, sparse_->rows[ordinal % SparseMemory::kRows], ordinal);
-      } else {
-        if (request.row != row) early = prepared(request.row);
-        statistics(part, request, early, ordinal);
-      }
+      if (request.row != row) found = prepared(request.row);
+      statistics(part, request, found, ordinal);
       __syncwarp();
       if (lane_ == 0) barrier_arrive(shared_address(&memory_->ready[b]));
-      if constexpr (!Resident) row = request.row + row_step, early = prepared(row);
+      row = request.row + row_step, found = prepared(row);
     }
   }
 
  private:
-  __device__ IdsRow prepared(uint32_t row) const { return row < uint32_t(p_.rows) ? workspace_.rows[row] : IdsRow{}; }
+  __device__ IdsRow prepared(uint32_t row) const { return row < uint32_t(p_.rows) ? problem_.sparse.rows[row] : IdsRow{}; }
 
   struct All {
     float sum, hard, reference, largest;
@@ -579,7 +543,6 @@ class SparseTotals : Totals<T, ForwardKL> {
   }
 
   SparseMemory* sparse_;
-  const SparseWorkspace workspace_;
 };
 
 }  // namespace kdkernels::cuda

@@ -1,10 +1,15 @@
-// A sparse teacher's row: where its loss and statistics go.
+// A sparse teacher's row: its ids, and where its loss and statistics go.
 #pragma once
 #include "../divergence/sparse.h"
 #include "sparse.h"
 #include "totals.cuh"
 
 namespace kdkernels::cuda {
+
+__device__ inline int64_t id_at(const SparseTeacher& t, uint32_t row, int j) {
+  const int64_t at = int64_t(row) * t.ids_stride + j;
+  return t.ids_are_64_bit ? static_cast<const int64_t*>(t.ids)[at] : static_cast<const int32_t*>(t.ids)[at];
+}
 
 constexpr int kSparseStats = 7;
 
