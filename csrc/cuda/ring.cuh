@@ -128,6 +128,7 @@ struct Ring {
         const uint32_t teacher_bytes = n && Models == 2 ? bulk_bytes(from_teacher, n, problem.teacher_end) : 0;
         barrier_wait(empty_barrier(slot), parity);
         if (at == begin) headers[slot] = h;
+        if (Models == 1) async_proxy_fence();  // other writes to this slot, before the copy's
         if (student_bytes < bytes) copy_rest(student(slot), from_student, student_bytes, problem.student_end);
         if (Models == 2 && teacher_bytes < bytes) copy_rest(teacher(slot), from_teacher, teacher_bytes, problem.teacher_end);
         const uint32_t mask_bytes = Masked ? (n + 15) / 16 * 16 : 0;  // a masked row has no phase: why_not_rows

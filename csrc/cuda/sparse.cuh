@@ -37,58 +37,91 @@ struct SparseMemory {
   static __device__ void wait(uint64_t* barriers, int n) { barrier_wait(shared_address(&barriers[n % kRows]), n / kRows & 1); }
 };
 
-// The warp that takes the ids' columns out of a row, as soon as it is there: all ids, whether they count or not.
+// The warp that takes the ids' columns out of a row, slot by slot as they come: all ids, whether they count or not.
 template <class T>
-__device__ void take_out(const ClusterProblem& problem, const SparseRing<T>& ring, SparseMemory* memory, uint32_t first_row,
-                         uint32_t row_step, int begin, int lane) {
-  const RowProblem& p = problem.rows;
-  const int k = int(p.sparse.k);
-  const T nothing = narrow<T>(-__builtin_inff());
-  constexpr int kEarly = 8;  // a lane's ids that are on their way while the row is
-  int slot = 0;
-  uint32_t parity = 0;
-  for (uint32_t row = first_row; row < uint32_t(p.rows); row += row_step) {
-    auto id_of = [&](int j) {
-      const int64_t id = j < k ? id_at(p.sparse, row, j) : -1;
-      return id < p.vocab_size ? int(id) : -1;
-    };
-    int early[kEarly];
+class TakeOut {
+ public:
+  __device__ TakeOut(const ClusterProblem& problem, const SparseRing<T>& ring, SparseMemory* memory, int begin, int lane)
+      : p_(problem.rows), ring_(ring), memory_(memory), k_(int(p_.sparse.k)), begin_(begin), lane_(lane) {}
+
+  __device__ void serve(uint32_t first_row, uint32_t row_step) {
+    const uint32_t rows = uint32_t(p_.rows);
+    int next[kEarly];
+    if (first_row < rows) read(first_row, next);
+    for (uint32_t row = first_row; row < rows; row += row_step) {
+      int ids[kEarly];
 #pragma unroll
-    for (int i = 0; i < kEarly; i++) early[i] = id_of(i * 32 + lane);
-    barrier_wait(ring.full_barrier(slot), parity);
-    const RowHeader header = ring.headers[slot];
-    // The slots are the row's one after the other; many ids are read once for all of them.
-    const bool many = k > 32 * kEarly;
-    auto take = [&](int id, int from, int to) {
-      const int at = id + header.phase - begin;
-      if (id < 0 || at < from || at >= to) return;
-      int there = slot + (at - from) / ring.slot_columns;
-      if (there >= ring.count) there -= ring.count;
-      *reinterpret_cast<T*>(__cvta_shared_to_generic(ring.student(there) + (at - from) % ring.slot_columns * uint32_t(sizeof(T)))) = nothing;
-    };
-    const int in_row = header.columns;
-    for (int chunk = 0; chunk < header.chunks;) {
-      const int from = chunk * ring.slot_columns, last = many ? header.chunks : chunk + 1;
-      int next = slot;
-      uint32_t then = parity;
-      for (; chunk < last; chunk++) {
-        barrier_wait(ring.full_barrier(next), then);
-        if (++next == ring.count) next = 0, then ^= 1;
-      }
-      const int to = min(last * ring.slot_columns, in_row);
-#pragma unroll
-      for (int i = 0; i < kEarly; i++) take(early[i], from, to);
-#pragma unroll 8
-      for (int j = 32 * kEarly + lane; j < k; j += 32) take(id_of(j), from, to);
-      async_proxy_fence();  // a later copy overwrites them
-      __syncwarp();
-      for (; slot != next || parity != then;) {
-        if (lane == 0) barrier_arrive(memory->taken_barrier(slot));
-        if (++slot == ring.count) slot = 0, parity ^= 1;
-      }
+      for (int i = 0; i < kEarly; i++) ids[i] = next[i];
+      if (row + row_step < rows) read(row + row_step, next);  // on their way while this row is
+      barrier_wait(ring_.full_barrier(slot_), parity_);
+      const RowHeader& header = ring_.headers[slot_];
+      const int shift = header.phase - begin_, columns = header.columns, chunks = header.chunks;
+      if (k_ <= 32 * kEarly)
+        by_slot(ids, shift, columns, chunks);
+      else
+        by_row(row, shift, columns, chunks);
     }
   }
-}
+
+ private:
+  static constexpr int kEarly = 8;  // ids a lane holds
+
+  __device__ int id(uint32_t row, int j) const {
+    const int64_t id = j < k_ ? id_at(p_.sparse, row, j) : -1;
+    return id < p_.vocab_size ? int(id) : -1;
+  }
+  __device__ void read(uint32_t row, int (&ids)[kEarly]) const {
+#pragma unroll
+    for (int i = 0; i < kEarly; i++) ids[i] = id(row, 32 * i + lane_);
+  }
+  __device__ void clear(int slot, int column) const {
+    *reinterpret_cast<T*>(__cvta_shared_to_generic(ring_.student(slot) + column * uint32_t(sizeof(T)))) = narrow<T>(-__builtin_inff());
+  }
+  __device__ void pass_on() {
+    __syncwarp();
+    if (lane_ == 0) barrier_arrive(memory_->taken_barrier(slot_));
+    if (++slot_ == ring_.count) slot_ = 0, parity_ ^= 1;
+  }
+
+  __device__ void by_slot(const int (&ids)[kEarly], int shift, int columns, int chunks) {
+    for (int chunk = 0; chunk < chunks; chunk++) {
+      if (chunk) barrier_wait(ring_.full_barrier(slot_), parity_);
+      const int from = chunk * ring_.slot_columns - shift, n = min(ring_.slot_columns, columns - chunk * ring_.slot_columns);
+#pragma unroll
+      for (int i = 0; i < kEarly; i++) {
+        if (32 * i >= k_) break;
+        if (ids[i] >= 0 && unsigned(ids[i] - from) < unsigned(n)) clear(slot_, ids[i] - from);
+      }
+      pass_on();
+    }
+  }
+
+  // Many ids are read once for all slots of the row.
+  __device__ void by_row(uint32_t row, int shift, int columns, int chunks) {
+    int slot = slot_;
+    uint32_t parity = parity_;
+    for (int chunk = 0; chunk < chunks; chunk++) {
+      barrier_wait(ring_.full_barrier(slot), parity);
+      if (++slot == ring_.count) slot = 0, parity ^= 1;
+    }
+#pragma unroll 8
+    for (int j = lane_; j < k_; j += 32) {
+      const int given = id(row, j), at = given + shift;
+      if (given < 0 || at < 0 || at >= columns) continue;
+      int there = slot_ + at / ring_.slot_columns;
+      if (there >= ring_.count) there -= ring_.count;
+      clear(there, at % ring_.slot_columns);
+    }
+    for (int chunk = 0; chunk < chunks; chunk++) pass_on();
+  }
+
+  const RowProblem& p_;
+  const SparseRing<T> ring_;
+  SparseMemory* memory_;
+  const int k_, begin_, lane_;
+  int slot_ = 0;
+  uint32_t parity_ = 0;
+};
 
 // The warp that writes a row's gradient at the ids, over what the consumers have written there, and at the label.
 template <class T>

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kMaxConsumers + kSparseHelpers, 1) sparse_clus
     if (lane == 0) ring.template produce<false>(problem, first_row, row_step, rank * problem.share);
     __syncwarp();
   } else if (warp == warps + 1) {
-    take_out<T>(problem, ring, &sparse_memory, first_row, row_step, rank * problem.share, lane);
+    TakeOut<T>(problem, ring, &sparse_memory, rank * problem.share, lane).serve(first_row, row_step);
   } else if (warp == warps + 2) {
     patch<T>(problem, &sparse_memory, first_row, row_step, rank * problem.share, lane);
   } else {
