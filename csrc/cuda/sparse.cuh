@@ -498,10 +498,12 @@ class SparseTotals : Totals<T, ForwardKL> {
       if (lane_ < warps_) part = memory_->of_warps[b][lane_];
       const int ordinal = int((request.row - first_row) / row_step);
       if (request.row != row) found = prepared(request.row);
-      statistics(part, request, found, ordinal);
+      const Report report = statistics(part, request, found, ordinal);
       __syncwarp();
       if (lane_ == 0) barrier_arrive(shared_address(&memory_->ready[b]));
+      const IdsRow of_report = found;
       row = request.row + row_step, found = prepared(row);
+      if (lane_ == 0 && rank_ == 0) write(request.row, of_report, report);  // which nobody waits for
     }
   }
 
@@ -510,6 +512,11 @@ class SparseTotals : Totals<T, ForwardKL> {
 
   struct All {
     float sum, hard, reference, largest;
+  };
+  struct Report {
+    bool good;
+    float scale, temperature, inv_temperature, reference, total, hard_total, student_odds, largest;
+    SparseRow<float> terms;
   };
   // Parts of a row, one a lane, to the sums of them all.
   __device__ All add_up(const Parcel& part, float k, bool counts) const {
@@ -524,7 +531,8 @@ class SparseTotals : Totals<T, ForwardKL> {
     return all;
   }
 
-  __device__ void statistics(Parcel part, const Request& request, const IdsRow& found, int ordinal) {
+  // In lane 0, what is left to report.
+  __device__ Report statistics(Parcel part, const Request& request, const IdsRow& found, int ordinal) {
     const RowHeader row = headers_[request.slot];
     const float k = row.log2e_over_temperature;
     All rest = add_up(part, k, lane_ < warps_);
@@ -533,12 +541,11 @@ class SparseTotals : Totals<T, ForwardKL> {
       part = across<4>(which);
       rest = add_up(part, k, lane_ < blocks_);
     }
-    if (lane_ == 0) finish(request, row, found, rest, sparse_->numbers[ordinal % SparseMemory::kRows]);
+    return lane_ == 0 ? finish(row, found, rest, sparse_->numbers[ordinal % SparseMemory::kRows]) : Report{};
   }
 
   // One thread's work: a few dozen numbers, none of which waits for another's memory.
-  __device__ void finish(const Request& request, const RowHeader& row, const IdsRow& found, const All& rest,
-                         SparseNumbers& out) {
+  __device__ Report finish(const RowHeader& row, const IdsRow& found, const All& rest, SparseNumbers& out) const {
     const float temperature = row.temperature, inv_temperature = reciprocal(temperature), k = row.log2e_over_temperature;
     const bool hard = problem_.with_ce && temperature != 1;
     const float reference = fmaxf(found.student_reference, rest.reference);
@@ -558,10 +565,7 @@ class SparseTotals : Totals<T, ForwardKL> {
       student_odds = -__builtin_inff();
     else if (rest.sum > 0)
       student_odds = fmaf(found.student_reference - rest.reference, inv_temperature, log_ratio(of_inside, of_outside));
-    const auto terms = SparseRow<float>::make(p_.sparse.tail, found.log_mass, student_odds, found.ids, p_.vocab_size);
-    const float lse = fmaf(reference, inv_temperature, logf(total));
-    const float cross_entropy = problem_.with_ce ? (reference - found.label_logit) + logf(hard_total) : 0;
-
+    const auto terms = SparseRow<float>::factors(p_.sparse.tail, found.teacher, student_odds);
     const float by_scale = problem_.scale_gradient ? row.scale : 1.0f;
     const float kd = problem_.kd_weight * (problem_.scale_by_temperature ? temperature : inv_temperature) * by_scale;
     const float ce = problem_.with_ce ? problem_.ce_weight * by_scale : 0, folded = hard ? 0 : ce;
@@ -569,9 +573,16 @@ class SparseTotals : Totals<T, ForwardKL> {
     if (rest.sum > 0) n.by_rest = fmaf(-kd, terms.moved, folded * terms.student_weak) / rest.sum;
     if (hard) n.by_hard = ce / hard_total;
     out = n;
-    if (rank_ != 0) return;
-    const float agrees = found.top_logit > -__builtin_inff() && found.top_logit >= fmaxf(rest.largest, found.student_reference);
-    report_sparse(p_, request.row, good, row.scale, temperature,
+    return {good, row.scale, temperature, inv_temperature, reference, total, hard_total, student_odds, rest.largest, terms};
+  }
+
+  __device__ void write(uint32_t row, const IdsRow& found, const Report& r) const {
+    SparseRow<float> terms = r.terms;
+    terms.offset = SparseRow<float>::offset_of(p_.sparse.tail, found.teacher, r.student_odds);
+    const float cross_entropy = problem_.with_ce ? (r.reference - found.label_logit) + logf(r.hard_total) : 0;
+    const float lse = fmaf(r.reference, r.inv_temperature, logf(r.total));
+    const float agrees = found.top_logit > -__builtin_inff() && found.top_logit >= fmaxf(r.largest, found.student_reference);
+    report_sparse(p_, row, r.good, r.scale, r.temperature,
                   {terms.loss(found.within), cross_entropy, lse, found.teacher_lse, found.teacher_mass, terms.student_strong, agrees});
   }
 

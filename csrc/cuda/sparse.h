@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "../rows.h"
+#include "../divergence/sparse.h"
 
 namespace kdkernels::cuda {
 
@@ -17,12 +17,11 @@ struct alignas(16) IdsRow {
   // Within S: the largest logit, and the sums of e^((z - it)/T) and of e^(z - it). -1e30 and 0: no mass.
   float student_reference, student_sum, hard_sum;
   float within;     // the divergence within S
-  double log_mass;  // log(P_S), as given; -inf: none
+  TeacherMass<float> teacher;
   float teacher_lse, teacher_mass;
   float top_logit;  // the student's at the teacher's most likely token; -inf: it names none
   float label_logit;
   int label;        // -1: none to read
-  int ids;          // in S
   int flags;
   float by_gap;     // where nothing but the ids matters: their gradient is by_gap·gap
 };

@@ -189,7 +189,6 @@ __device__ __forceinline__ void prepare_row(const RowProblem& p, uint32_t row, c
   student_max = team.max(student_max), teacher_max = team.max(teacher_max);
   mass = team.sum(mass);
   count = team.sum(count | label_inside << 16 | int(invalid) << 20);  // k <= 4096: none runs into the next
-  out.ids = count & 0xffff;
   if (count >> 16 & 1) out.flags |= kLabelInside;
   if (count >> 20) out.flags |= kInvalid;
 
@@ -249,7 +248,8 @@ __device__ __forceinline__ void prepare_row(const RowProblem& p, uint32_t row, c
   }
   if (team.thread != 0) return;
   if (some_student) out.student_reference = student_max, out.student_sum = student_sum, out.hard_sum = hard_sum;
-  out.log_mass = log(mass), out.teacher_mass = float(mass);
+  out.teacher = TeacherMass<float>::make(some_teacher ? log(mass) : -__builtin_inf(), count & 0xffff, p.vocab_size);
+  out.teacher_mass = float(mass);
   out.teacher_lse = some_teacher ? fmaf(teacher_max, inv_temperature, logf(teacher_sum)) : -__builtin_inff();
   if (!teacher.whole) {
     const float by_scale = p.scale_gradient ? scale : 1.0f, nan = __builtin_nanf("");
@@ -299,8 +299,6 @@ void prepare_in(const RowProblem& p, const SparseWorkspace& workspace, cudaStrea
   const int shared = int(2 * sizeof(int) * rows) << bits;
   const void* kernel = reinterpret_cast<const void*>(&prepare_kernel<T, Each, Threads>);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 1 << 16), "kdkernels: shared memory");
-  // As the sweep after it: a multiprocessor that divides its memory anew waits until it is idle.
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared), "kdkernels: shared memory");
   prepare_kernel<T, Each, Threads><<<unsigned((p.rows + rows - 1) / rows), kThreads, shared, stream>>>(p, workspace, bits);
   check(cudaGetLastError(), "kdkernels: launching the ids' kernel");
 }
