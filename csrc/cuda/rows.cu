@@ -224,7 +224,7 @@ bool lay_out_sparse(const Device& d, const RowProblem& p, Plan& plan) {
 }
 
 Plan sparse_plan(const Device& d, const RowProblem& p, Plan plan) {
-  for (plan.ahead = 1; plan.ahead >= 0; plan.ahead--)
+  for (plan.ahead = 2; plan.ahead >= 0; plan.ahead--)
     for (plan.cluster = 1; plan.cluster <= 16; plan.cluster *= 2) {
       if (!lay_out_sparse(d, p, plan)) continue;
       // A larger cluster where rows are too few to fill the chip.
@@ -300,7 +300,7 @@ namespace {
 void sweep(const RowProblem& p, const Plan& plan, const SparseWorkspace& workspace, void* stream) {
   if (p.rows == 0) return;
   const Device d = current_device();
-  const bool possible = plan.ahead >= 0 && plan.ahead <= 1 && plan.cluster >= 1 && plan.cluster <= 16 && plan.consumers >= 32 &&
+  const bool possible = plan.ahead >= 0 && plan.ahead <= (sparse(p) ? 2 : 1) && plan.cluster >= 1 && plan.cluster <= 16 && plan.consumers >= 32 &&
                         plan.consumers <= most_consumers(p) && plan.consumers % 32 == 0 &&
                         plan.slot_columns >= plan.consumers * group(p) && plan.slot_columns % (32 * group(p)) == 0;
   if (!possible || chunks(p, plan) * (1 + plan.ahead) > slots(d, p, plan))

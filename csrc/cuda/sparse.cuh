@@ -19,7 +19,7 @@ struct SparseNumbers {
 
 // Shared memory beside the ring's and the exchange's.
 struct SparseMemory {
-  static constexpr int kRows = 4;  // begun, and their gradient not finished
+  static constexpr int kRows = 8;  // begun, and their gradient not finished
   SparseNumbers numbers[kRows];
   uint64_t taken[kMaxSlots];  // the ids' columns are out of a slot
   uint64_t written[kRows];    // a row's gradient is there but for the ids
@@ -188,21 +188,26 @@ class SparseSweep {
       : problem_(problem), p_(problem.rows), ring_(ring), memory_(memory), exchange_(exchange), blocks_(blocks), rank_(rank),
         mine_(kept(threadIdx.x * G)), step_(kept(exchange.warps * 32 * G)) {}
 
+  // Rows are begun so many ahead of the one that is finished: totals take longer than a sweep does. Both steps stand here
+  // once, so that their code stays in the instruction cache.
   __device__ void consume(uint32_t first_row, uint32_t row_step) {
     const uint32_t rows = uint32_t(p_.rows);
-    InFlight now, next;
-    int ordinal = 0;
-    if (first_row < rows) now = begin(first_row, 0, 0);
-    for (uint32_t row = first_row; row < rows; row += row_step, ordinal++) {
-      int after = now.slot + now.chunks;
-      uint32_t parity = now.parity;
-      if (after >= ring_.count) after -= ring_.count, parity ^= 1;
-      const bool more = row + row_step < rows;
-      if (more && problem_.ahead) next = begin(row + row_step, after, parity);
-      finish(row, now, ordinal);
-      hand_over(ordinal);
-      if (more && !problem_.ahead) next = begin(row + row_step, after, parity);
-      now = next;
+    const int count = first_row < rows ? int((rows - first_row + row_step - 1) / row_step) : 0, ahead = problem_.ahead;
+    uint32_t first = 0, second = 0, third = 0;  // rows between their two sweeps
+    int begun = 0, slot = 0;
+    uint32_t parity = 0;
+    for (int done = 0; done < count;) {
+      const int open = begun - done;
+      if (begun < count && open <= ahead) {
+        const InFlight at = begin(first_row + uint32_t(begun++) * row_step, slot, parity);
+        slot += at.chunks;
+        if (slot >= ring_.count) slot -= ring_.count, parity ^= 1;
+        (open == 0 ? first : open == 1 ? second : third) = at.packed();
+      } else {
+        finish(first_row + uint32_t(done) * row_step, InFlight::unpacked(first), done);
+        hand_over(done++);
+        first = second, second = third;
+      }
     }
     exchange_.post({Wanted::nothing_more, 0, false, 0, 0});
   }
@@ -212,8 +217,16 @@ class SparseSweep {
   struct InFlight {
     int slot = 0, chunks = 1;
     uint32_t parity = 0;
-    int statistics = 0;  // the exchange to wait for
+    int statistics = 0;  // the exchange to wait for, of the few in flight
     bool counts = false;
+
+    __device__ __forceinline__ uint32_t packed() const {
+      static_assert(kMaxSlots <= 32);
+      return uint32_t(slot) | parity << 5 | uint32_t(counts) << 6 | uint32_t(statistics) << 7 | uint32_t(chunks) << 16;
+    }
+    static __device__ __forceinline__ InFlight unpacked(uint32_t x) {
+      return {int(x & 31), int(x >> 16), x >> 5 & 1, int(x >> 7 & 511), bool(x >> 6 & 1)};
+    }
   };
 
   __device__ __forceinline__ const RowHeader& enter(const InFlight& at) {
@@ -236,7 +249,8 @@ class SparseSweep {
     at.counts = header.scale != 0, at.chunks = header.chunks;
     if (at.counts) {
       const Request request{Wanted::statistics, 0, false, slot, row};
-      at.statistics = problem_.with_ce && header.temperature != 1 ? statistics<true>(request) : statistics<false>(request);
+      const int number = problem_.with_ce && header.temperature != 1 ? statistics<true>(request) : statistics<false>(request);
+      at.statistics = number % (2 * ExchangeMemory::kInFlight);
     }
     return at;
   }
