@@ -123,59 +123,81 @@ class TakeOut {
   uint32_t parity_ = 0;
 };
 
-// The warp that writes a row's gradient at the ids, over what the consumers have written there, and at the label.
+// The warp that writes a row's gradient at the ids, over what the consumers have written there, and at the label. A row's
+// ids are read a row ahead: memory that is kept busy answers late.
 template <class T>
-__device__ void patch(const ClusterProblem& problem, SparseMemory* memory, uint32_t first_row, uint32_t row_step, int begin, int lane) {
-  const RowProblem& p = problem.rows;
-  const SparseWorkspace& workspace = problem.sparse;
-  const int k = int(p.sparse.k);
-  constexpr int kEarly = 4;  // a lane's ids that are on their way while the row is written
-  wait_for_launch_before();
-  int ordinal = 0;
-  for (uint32_t row = first_row; row < uint32_t(p.rows); row += row_step, ordinal++) {
-    const GradientRow<T> gradient = gradient_row<T>(p, row_offset(p.gradient_rows, row));
+class Patch {
+ public:
+  __device__ Patch(const ClusterProblem& problem, SparseMemory* memory, int begin, int lane)
+      : problem_(problem), p_(problem.rows), memory_(memory), k_(int(p_.sparse.k)), begin_(begin), lane_(lane) {}
+
+  __device__ void serve(uint32_t first_row, uint32_t row_step) const {
+    const uint32_t rows = uint32_t(p_.rows);
+    wait_for_launch_before();
+    Entries next;
+    IdsRow next_found;
+    if (first_row < rows) next = read(first_row, 0), next_found = problem_.sparse.rows[first_row];
+    int ordinal = 0;
+    for (uint32_t row = first_row; row < rows; row += row_step, ordinal++) {
+      const Entries now = next;
+      const IdsRow found = next_found;
+      if (row + row_step < rows) next = read(row + row_step, 0), next_found = problem_.sparse.rows[row + row_step];
+      SparseMemory::wait(memory_->written, ordinal);
+      const SparseNumbers n = memory_->numbers[ordinal % SparseMemory::kRows];
+      if (p_.gradient && !(found.flags & kSkipped) && n.good) patch(row, found, now, n);
+      __syncwarp();
+      if (lane_ == 0) SparseMemory::arrive(memory_->patched, ordinal);
+    }
+  }
+
+ private:
+  static constexpr int kEach = 4;  // of a lane, at a time
+  struct Entries {
+    int id[kEach];
+    float gap[kEach], share[kEach];
+  };
+
+  __device__ __forceinline__ Entries read(uint32_t row, int from) const {
+    const int64_t first = int64_t(row) * k_;
+    Entries e;
+#pragma unroll
+    for (int i = 0; i < kEach; i++) {
+      const int j = from + 32 * i + lane_;
+      e.id[i] = j < k_ ? problem_.sparse.ids[first + j] : -1;
+      e.gap[i] = j < k_ ? problem_.sparse.gaps[first + j] : 0, e.share[i] = j < k_ ? problem_.sparse.shares[first + j] : 0;
+    }
+    return e;
+  }
+
+  __device__ __forceinline__ void patch(uint32_t row, const IdsRow& found, Entries e, const SparseNumbers& n) const {
+    const GradientRow<T> gradient = gradient_row<T>(p_, row_offset(p_.gradient_rows, row));
     // This block's columns.
-    const int phase = phase_of(row_begin<T>(p.student, row));
-    const int low = max(0, begin - phase), high = min(int(p.vocab_size), begin + problem.share - phase);
-    const float scale = kLog2Ef / (p.temperatures ? static_cast<const float*>(p.temperatures)[row] : problem.temperature);
-    const int64_t first = int64_t(row) * k;
-    const IdsRow found = workspace.rows[row];
-    int ids[kEarly];
-    float gaps[kEarly], shares[kEarly];
-    auto load = [&](int from) {
+    const int phase = phase_of(row_begin<T>(p_.student, row));
+    const int low = max(0, begin_ - phase), high = min(int(p_.vocab_size), begin_ + problem_.share - phase);
+    auto hard = [&](float logit) { return n.by_hard != 0 ? n.by_hard * FloatMath::exp2((logit - n.hard_reference) * kLog2Ef) : 0.0f; };
+    for (int from = 0; from < k_; from += 32 * kEach) {
+      if (from) e = read(row, from);
 #pragma unroll
-      for (int i = 0; i < kEarly; i++) {
-        const int j = from + 32 * i + lane;
-        ids[i] = j < k ? workspace.ids[first + j] : -1;
-        gaps[i] = j < k ? workspace.gaps[first + j] : 0, shares[i] = j < k ? workspace.shares[first + j] : 0;
-      }
-    };
-    load(0);
-    SparseMemory::wait(memory->written, ordinal);
-    const SparseNumbers n = memory->numbers[ordinal % SparseMemory::kRows];
-    if (gradient && !(found.flags & kSkipped) && n.good) {
-      auto hard = [&](float logit) { return n.by_hard != 0 ? n.by_hard * FloatMath::exp2((logit - n.hard_reference) * kLog2Ef) : 0.0f; };
-      for (int from = 0; from < k; from += 32 * kEarly) {
-        if (from) load(from);
-#pragma unroll
-        for (int i = 0; i < kEarly; i++) {
-          const int id = ids[i];
-          if (id < low || id >= high) continue;
-          float g = fmaf(n.by_gap, gaps[i], n.by_share * shares[i]);
-          if (n.by_hard != 0) g += hard(workspace.logits[first + from + 32 * i + lane]);
-          if (id == found.label) g -= n.at_label;
-          store_one(gradient, id, g);
-        }
-      }
-      if (lane == 0 && found.label >= low && found.label < high && !(found.flags & kLabelInside)) {
-        const float of_rest = n.by_rest != 0 ? n.by_rest * FloatMath::exp2((found.label_logit - n.reference) * scale) : 0;
-        store_one(gradient, found.label, of_rest + hard(found.label_logit) - n.at_label);
+      for (int i = 0; i < kEach; i++) {
+        if (e.id[i] < low || e.id[i] >= high) continue;
+        float g = fmaf(n.by_gap, e.gap[i], n.by_share * e.share[i]);
+        if (n.by_hard != 0) g += hard(problem_.sparse.logits[int64_t(row) * k_ + from + 32 * i + lane_]);
+        if (e.id[i] == found.label) g -= n.at_label;
+        store_one(gradient, e.id[i], g);
       }
     }
-    __syncwarp();
-    if (lane == 0) SparseMemory::arrive(memory->patched, ordinal);
+    if (lane_ == 0 && found.label >= low && found.label < high && !(found.flags & kLabelInside)) {
+      const float temperature = p_.temperatures ? static_cast<const float*>(p_.temperatures)[row] : problem_.temperature;
+      const float of_rest = n.by_rest != 0 ? n.by_rest * FloatMath::exp2((found.label_logit - n.reference) * (kLog2Ef / temperature)) : 0;
+      store_one(gradient, found.label, of_rest + hard(found.label_logit) - n.at_label);
+    }
   }
-}
+
+  const ClusterProblem& problem_;
+  const RowProblem& p_;
+  SparseMemory* memory_;
+  const int k_, begin_, lane_;
+};
 
 template <class T>
 class SparseSweep {

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kMaxConsumers + kSparseHelpers, 1) sparse_clus
   } else if (warp == warps + 1) {
     TakeOut<T>(problem, ring, &sparse_memory, rank * problem.share, lane).serve(first_row, row_step);
   } else if (warp == warps + 2) {
-    patch<T>(problem, &sparse_memory, first_row, row_step, rank * problem.share, lane);
+    Patch<T>(problem, &sparse_memory, rank * problem.share, lane).serve(first_row, row_step);
   } else {
     SparseTotals<T>(problem, headers, &exchange_memory, &sparse_memory, blocks, rank, warps, lane).serve(first_row, row_step);
   }
