@@ -20,7 +20,7 @@ struct Exponentials {
 template <class Math>
 double sum_of_exponentials(const typename Math::Real* logits, int n, double max, double scale, const Ahead& ahead) {
   using V = typename Math::V;
-  const typename Math::PowersBelow powers(max, scale * kLog2E);
+  const typename Math::PowersBelow powers{max, scale * kLog2E};
   V sum = Math::set(0);
   for (int i = 0; i < n; i += Math::lanes) {
     __builtin_prefetch(ahead.student + i * ahead.student_bytes);
@@ -60,7 +60,7 @@ template <bool Stream, class Math>
 void scaled_exponentials(const typename Math::Real* logits, int n, double max, double scale, double factor,
                          typename Math::Real* out) {
   using V = typename Math::V;
-  const typename Math::PowersBelow powers(max, scale * kLog2E);
+  const typename Math::PowersBelow powers{max, scale * kLog2E};
   const V times = Math::set(factor);
   for (int i = 0; i < n; i += Math::lanes) {
     V x = Math::set(0);
@@ -82,19 +82,17 @@ class Within : WholeRow<Math> {
  public:
   using Real = typename Math::Real;
 
-  explicit Within(RowProblem& own) : Base(own), own_(own) {}
+  // For rows of up to `ids` ids; `own` says what else a row is told.
+  Within(RowProblem& own, int64_t ids)
+      : Base(own), own_(own), stride_(size_t(ids + Math::lanes)), values_(3 * stride_) {}
 
-  // Of n ids, over whole registers beyond them too; written by whoever then calls measure().
-  void resize(int64_t most) {
-    stride_ = size_t(most + Math::lanes);
-    values_.resize(3 * stride_);
-  }
+  // By id: both models' logits, to be written before prepare().
   Real* student() { return values_.data(); }
   Real* teacher() { return values_.data() + stride_; }
   const Real* student() const { return values_.data(); }
   const Real* gradient() const { return values_.data() + 2 * stride_; }
 
-  // False: the student has NaN or +inf there, or the teacher, whose logits are from their largest already.
+  // The teacher's logits are from their largest already. False: NaN or +inf among either's.
   bool prepare(int n, double inv_temperature, bool hard) {
     const int padded = round_up(n, Math::lanes);
     for (int i = n; i < padded; i++) student()[i] = teacher()[i] = -INFINITY;
@@ -116,10 +114,10 @@ class Within : WholeRow<Math> {
            this->prepare_constants(row_);
   }
 
-  const Exponentials& sums() const { return sums_; }            // of the student
+  const Exponentials& sums() const { return sums_; }             // of the student
   double teacher_lse() const { return std::log(teacher_sum_); }  // from the largest; -inf where it has no mass
 
-  // D, and as gradient() by_gap·T·dD/dlogit + by_student·q~.
+  // D, +inf where the student has no mass; and as gradient() by_gap·T·dD/dlogit + by_student·q~.
   double measure(double by_gap, double by_student) {
     if (!(teacher_sum_ > 0)) return measure<ForwardKL>(by_gap, by_student);  // by_gap is 0, and its gap finite
     switch (DivergenceId(own_.divergence)) {
@@ -140,8 +138,8 @@ class Within : WholeRow<Math> {
       double values = 0;
       for (int64_t b = 0; b < blocks(); b++) {
         const auto [student, teacher, n] = read(b);
-        values += gradient_block<Math>(student, teacher, n, row_.constants, divergence, slopes.pivot, by_gap, of_q, false,
-                                       values_.data() + 2 * stride_ + b * kBlock);
+        values += gradient_block<Math>(student, teacher, n, row_.constants, divergence, slopes.pivot, by_gap, of_q,
+                                       false, values_.data() + 2 * stride_ + b * kBlock);
       }
       if (divergence.slopes_sum_to_zero) value = values;
     }
@@ -149,7 +147,7 @@ class Within : WholeRow<Math> {
   }
 
   RowProblem& own_;
-  size_t stride_ = 0;
+  size_t stride_;
   std::vector<Real> values_;
   typename Base::Prepared row_;
   Exponentials sums_;
@@ -164,9 +162,9 @@ class SparseSweep : Row<Math> {
 
  public:
   explicit SparseSweep(const RowProblem& problem)
-      : Base(problem), tokens_(problem.sparse, problem.vocab_size), within_problem_(problem), within_(within_problem_) {
+      : Base(problem), tokens_(problem.sparse, problem.vocab_size), within_problem_(problem),
+        within_(within_problem_, problem.sparse.k), derivatives_(size_t(problem.sparse.whole ? 0 : problem.sparse.k)) {
     within_problem_.sparse = {};
-    within_.resize(problem.sparse.k);
   }
 
   void run(int64_t row) {
@@ -204,7 +202,8 @@ class SparseSweep : Row<Math> {
   void sweep_vocabulary() {
     for (int64_t b = 0; b < blocks(); b++) {
       const auto [student, teacher, n] = read(b);
-      add_exponentials<Math>(without_tokens(b, student, n), n, this->ahead(b + 1), inv_temperature_, own_hard_sum_, rest_);
+      const Real* rest = without_tokens(b, student, n);
+      add_exponentials<Math>(rest, n, this->ahead(b + 1), inv_temperature_, own_hard_sum_, rest_);
     }
     if (!own_hard_sum_) rest_.hard_sum = rest_.sum;
   }
@@ -223,7 +222,6 @@ class SparseSweep : Row<Math> {
 
   // The student's logits at the ids alone, and their derivatives by what is in memory.
   void gather() {
-    derivatives_.resize(size_t(tokens_.size()));
     for (int i = 0; i < tokens_.size(); i++) {
       within_.student()[i] = *read_block<Math>(p_.student, this->student_at_, tokens_.column(i), 1,
                                                this->student_block_, this->derivative_block_);
@@ -267,15 +265,29 @@ class SparseSweep : Row<Math> {
   void write_gradient(const HardSoftmax& hard, double factor) {
     const double max = finite_or_zero(rest_.max);
     Base::write_gradient(hard, [&](int64_t b, const Real* student, const Real*, int n, bool stream, Real* out) {
-      const auto [begin, end] = tokens_.in_block(b);
-      if (stream && begin == end) return scaled_exponentials<true, Math>(student, n, max, inv_temperature_, factor, out);
-      Real* block = stream ? this->gradient_block_ : out;
-      scaled_exponentials<false, Math>(student, n, max, inv_temperature_, factor, block);
-      for (int i = begin; i < end; i++) block[tokens_.column(i) % kBlock] = Real(within_.gradient()[i]);
-      if (!stream) return;
-      for (int i = 0; i < n; i += Math::lanes) Math::stream(out + i, Math::load(block + i));
+      auto [token, end] = tokens_.in_block(b);
+      if (!stream) {
+        scaled_exponentials<false, Math>(student, n, max, inv_temperature_, factor, out);
+        for (; token < end; token++) out[tokens_.column(token) % kBlock] = Real(within_.gradient()[token]);
+        return;
+      }
+      // What has gone past the caches is not written again: registers that hold ids are put together first.
+      int at = 0;
+      while (token < end) {
+        const int next = register_of(token);
+        scaled_exponentials<true, Math>(student + at, next - at, max, inv_temperature_, factor, out + at);
+        Real lanes[Math::lanes];
+        scaled_exponentials<false, Math>(student + next, Math::lanes, max, inv_temperature_, factor, lanes);
+        for (; token < end && register_of(token) == next; token++)
+          lanes[tokens_.column(token) % Math::lanes] = Real(within_.gradient()[token]);
+        Math::stream(out + next, Math::load(lanes));
+        at = next + Math::lanes;
+      }
+      scaled_exponentials<true, Math>(student + at, n - at, max, inv_temperature_, factor, out + at);
     });
   }
+  // Within its block, of a token's column.
+  int register_of(int token) const { return int(tokens_.column(token) % kBlock) / Math::lanes * Math::lanes; }
 
   // The gradient where only the ids have one.
   void write_tokens() {

@@ -1,6 +1,7 @@
-// The ids that a sparse teacher names in a row, in the order of the blocks they lie in, and their log-probabilities.
+// The ids that a sparse teacher names in a row, in the order of their columns, and their log-probabilities.
 #pragma once
 #include <algorithm>
+#include <compare>
 #include <vector>
 
 #include "blocks.h"
@@ -16,7 +17,7 @@ struct InverseFactorials {
 };
 constexpr InverseFactorials kInverseFactorials;
 
-// e^x for x <= 0, at least e^-700, to double precision; NaN counts as -inf. Vectorised by the compiler, as std::exp is not.
+// e^x for x <= 0, at least e^-700, to double precision; NaN counts as -inf. The compiler vectorises it, not std::exp.
 KD_INLINE double exp_nonpositive(double x) {
   constexpr double magic = 6755399441055744.0;  // 1.5·2^52: adding it rounds to a whole number, in the low bits
   const double clamped = x > -700 ? x : -700;
@@ -40,23 +41,23 @@ class RowTokens {
 
   RowTokens(const SparseTeacher& teacher, int64_t vocab_size)
       : t_(teacher), vocab_size_(vocab_size), starts_(size_t((vocab_size + kBlock - 1) / kBlock + 2)),
-        columns_(size_t(t_.k)), places_(size_t(t_.k)), given_(size_t(t_.k)), logprobs_(size_t(t_.k + kSums)) {}
+        tokens_(size_t(t_.k)), given_(size_t(t_.k)), logprobs_(size_t(t_.k + kSums)) {}
 
   // False: an id is out of range.
   bool read(int64_t row) {
     const bool in_range = t_.ids_are_64_bit ? place(static_cast<const int64_t*>(t_.ids) + row * t_.ids_stride)
                                             : place(static_cast<const int32_t*>(t_.ids) + row * t_.ids_stride);
     if (!in_range) return false;
-    drop_repeated();
+    sort_and_drop_repeated();
     widen(t_.logprobs, t_.logprobs_dtype, row * t_.logprobs_stride, int(t_.k), given_.data());
-    for (int i = 0; i < size_; i++) logprobs_[size_t(i)] = given_[size_t(places_[size_t(i)])];
+    for (int i = 0; i < size_; i++) logprobs_[size_t(i)] = given_[size_t(tokens_[size_t(i)].place)];
     find_best();
     return true;
   }
 
   int size() const { return size_; }
   Range in_block(int64_t b) const { return {starts_[size_t(b)], starts_[size_t(b + 1)]}; }
-  int64_t column(int i) const { return columns_[size_t(i)]; }
+  int64_t column(int i) const { return tokens_[size_t(i)].column; }
   double logprob(int i) const { return logprobs_[size_t(i)]; }
   int best() const { return best_; }  // of the largest log-probability, the first of equals; -1 where there are no ids
   double largest() const { return best_ < 0 ? -INFINITY : logprobs_[size_t(best_)]; }
@@ -77,7 +78,13 @@ class RowTokens {
  private:
   static constexpr int kSums = 8;
 
-  // Sorted by block, and within it in the order given.
+  struct Token {
+    int64_t column;
+    int place;  // where it was given
+    auto operator<=>(const Token&) const = default;
+  };
+
+  // Sorted by block.
   template <class Id>
   bool place(const Id* ids) {
     std::fill(starts_.begin(), starts_.end(), 0);
@@ -89,36 +96,30 @@ class RowTokens {
     for (size_t b = 2; b < starts_.size(); b++) starts_[b] += starts_[b - 1];
     for (int64_t i = 0; i < t_.k; i++) {
       if (ids[i] < 0) continue;
-      const size_t at = size_t(ends[ids[i] / kBlock]++);
-      columns_[at] = ids[i], places_[at] = int(i);
+      tokens_[size_t(ends[ids[i] / kBlock]++)] = {ids[i], int(i)};
     }
     return true;
   }
 
-  void drop_repeated() {
-    const int64_t blocks = int64_t(starts_.size()) - 2;
+  void sort_and_drop_repeated() {
+    const size_t blocks = starts_.size() - 2;
     size_ = 0;
-    for (int64_t b = 0; b < blocks; b++) {
-      const auto [begin, end] = in_block(b);
-      const int kept = size_;
-      for (int i = begin; i < end; i++) {
-        bool& taken = taken_[columns_[size_t(i)] % kBlock];
-        if (taken) continue;
-        taken = true;
-        columns_[size_t(size_)] = columns_[size_t(i)], places_[size_t(size_)] = places_[size_t(i)];
-        size_++;
-      }
-      for (int i = kept; i < size_; i++) taken_[columns_[size_t(i)] % kBlock] = false;
-      starts_[size_t(b)] = kept;
+    for (size_t b = 0; b < blocks; b++) {
+      const auto begin = tokens_.begin() + starts_[b], end = tokens_.begin() + starts_[b + 1];
+      if (end - begin > 1) std::sort(begin, end);
+      starts_[b] = size_;
+      for (auto token = begin; token != end; token++)
+        if (token == begin || token->column != (token - 1)->column) tokens_[size_t(size_++)] = *token;
     }
-    starts_[size_t(blocks)] = size_;
+    starts_[blocks] = size_;
   }
 
   void find_best() {
     best_ = -1;
     for (int i = 0; i < size_; i++) {
       const double mine = logprobs_[size_t(i)], most = largest();
-      if (best_ < 0 || mine > most || (mine == most && places_[size_t(i)] < places_[size_t(best_)])) best_ = i;
+      const bool earlier = best_ < 0 || tokens_[size_t(i)].place < tokens_[size_t(best_)].place;
+      if (best_ < 0 || mine > most || (mine == most && earlier)) best_ = i;
     }
   }
 
@@ -126,10 +127,8 @@ class RowTokens {
   int64_t vocab_size_;
   int size_ = 0, best_ = -1;
   std::vector<int> starts_;  // of the blocks
-  std::vector<int64_t> columns_;
-  std::vector<int> places_;  // where the ids were given
+  std::vector<Token> tokens_;
   std::vector<double> given_, logprobs_;
-  bool taken_[kBlock] = {};
 };
 
 }  // namespace
