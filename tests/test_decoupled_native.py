@@ -231,7 +231,7 @@ def test_a_label_out_of_range_makes_its_row_nan():
     student, teacher = logits_pair(3, 100)
     scale = torch.ones(3)
     arguments = (student, teacher, torch.tensor([5, 100, -3]), scale, None, None, None, "native", "decoupled")
-    options = ([1.0, 1.0, 1.0, 1.0], "label", 0.0, 1.0, 1.0, 0.0, True, 100, 1.0, 0.0, 1.0, 0.0, True, False)
+    options = ([1.0, 1.0, 1.0, 1.0], "label", 0.0, 1.0, 1.0, 0.0, True, 100, 1.0, 0.0, 1.0, 0.0, "", True, True, False)
     loss, stats, gradient = ops.row_loss(*arguments, *options)
     assert loss.isnan().tolist() == [False, True, True]
     assert stats[:, 1:].isnan().all()
@@ -420,7 +420,9 @@ def test_opcheck_row_loss(strong):
     mask = mask_of(100) if strong == "given" else None
     weights = torch.tensor([1.0, 2.0, 0.5])
     tensors = (student.requires_grad_(), teacher, labels, torch.rand(2, 5), None, weights, mask)
-    options = ([0.0, 0.0, 0.0, 1.0], strong, amount, 1.5, 0.7, 0.5, True, 100, 1.0, 0.0, 1.0, 0.0, True, False)
+    options = (
+        [0.0, 0.0, 0.0, 1.0], strong, amount, 1.5, 0.7, 0.5, True, 100, 1.0, 0.0, 1.0, 0.0, "", True, True, False,
+    )  # fmt: skip
     torch.library.opcheck(ops.row_loss, (*tensors, "native", "decoupled", *options))
 
 
