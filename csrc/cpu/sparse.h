@@ -176,7 +176,8 @@ class SparseSweep : Row<Math> {
     if (!within_.prepare(tokens_.size(), inv_temperature_, own_hard_sum_) || !has_distribution())
       return this->put_all(NAN);
     const double log_mass = tokens_.log_mass();
-    const auto parts = SparseRow<double>::make(p_.sparse.tail, log_mass, odds(), tokens_.size(), p_.vocab_size);
+    const auto parts = SparseRow<double>::make(
+        p_.sparse.tail, TeacherMass<double>::make(log_mass, tokens_.size(), p_.vocab_size), odds());
     const double kd = this->kd_factor(), shared_ce = this->shared_ce_factor();
     const double divergence =
         within_.measure(kd * parts.within, kd * parts.moved + weighted(shared_ce, parts.student_strong));
