@@ -292,7 +292,7 @@ def _check_sparse_call(
             f"divergence must be {' or '.join(allowed)} for a TopKTeacher with tail={teacher.tail!r}, "
             f"got {divergence.name}{also}"
         )
-    if transform != Transform():
+    if transform.logit_scale != 1 or transform.softcap is not None:
         raise ValueError("teacher_logit_scale and teacher_softcap are for logits; a TopKTeacher has log-probabilities")
     given = teacher.teacher_temperature
     if teacher.tail in ("bucket", "drop") and (isinstance(temperature, Tensor) or temperature != given):

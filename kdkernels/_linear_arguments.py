@@ -119,6 +119,8 @@ def check_linear(
         check_logits("teacher", teacher)
         states, of_teacher, vocabulary = teacher, "teacher", ("teacher", teacher.shape[-1])
     elif isinstance(teacher, TopKTeacher):
+        for name, given in (("teacher.ids", teacher.ids), ("teacher.logprobs", teacher.logprobs)):
+            _refuse_dtensor(name, given)
         states, of_teacher, vocabulary = teacher.logprobs, "teacher.logprobs", ("teacher", weight.shape[0])
     else:
         raise TypeError(

@@ -24,14 +24,14 @@ class LinearProblem:
     hidden: Tensor  # (N, H_s)
     weight: Tensor  # (V_s, H_s)
     bias: Tensor | None  # (V_s,)
-    teacher: Tensor  # (N, H_t) hidden states; (..., V_t) logits without a weight, N rows
+    teacher: Tensor  # (N, H_t) hidden states; without a weight, N rows: logits (..., V_t), log-probabilities (..., K)
     teacher_weight: Tensor | None  # (V_t, H_t)
     teacher_bias: Tensor | None  # (V_t,)
     labels: Tensor | None  # (N,)
     row_scale: Tensor  # (N,)
     temperatures: Tensor | None  # (N,)
     weights: Tensor | None  # (3,)
-    members: Tensor | None  # (V,) or (N, V) bool; (N, K) ids
+    members: Tensor | None  # (V,) or (..., V) bool, or ids (..., K), N rows
     backend: str
     options: RowOptions
     logits_dtype: torch.dtype
@@ -102,12 +102,12 @@ class _Sweep:
         narrows = backends.sweep(p.backend, device).narrows(device)
         self.gradient_dtype = p.hidden.dtype if narrows and p.logits_dtype == torch.float32 else p.logits_dtype
         self.over_logits = wanted.any and self.gradient_dtype == p.logits_dtype
-        self.teacher_rows = _runs_on(p.teacher) if p.teacher_weight is None and p.index is None else None
+        self.teacher_rows = runs_on(p.teacher) if p.teacher_weight is None and p.index is None else None
         self.sparse = bool(p.options.tail)
         if self.teacher_rows is not None and device.type == "cuda" and not self.sparse:
             self.teacher_rows = self.teacher_rows if _suits(self.teacher_rows, p.logits_dtype) else None
         one_for_all = p.members is None or (p.members.dim() == 1 and not self.sparse)
-        self.member_rows = None if p.members is None or one_for_all or p.index is not None else _runs_on(p.members)
+        self.member_rows = None if p.members is None or one_for_all or p.index is not None else runs_on(p.members)
 
     def run(self) -> Formed:
         p, wanted = self.p, self.wanted
@@ -117,7 +117,7 @@ class _Sweep:
         of_bias = None if wanted.bias is None else p.row_scale.new_zeros(p.weight.shape[0])
         if p.rows == 0:
             of_weight = None if wanted.weight is None else p.weight.new_zeros(p.weight.shape, dtype=wanted.weight)
-            return Formed(loss, stats, of_hidden, of_weight, _as(of_bias, wanted.bias))
+            return Formed(loss, stats, of_hidden, of_weight, in_dtype(of_bias, wanted.bias))
         plan = self._plan()
         gradient = self._buffer(plan.gradient_bytes)
         scratch: Tensor | None = self._buffer(plan.scratch_bytes)
@@ -146,7 +146,7 @@ class _Sweep:
                 of_bias[: self.vocab].add_(of_logits.sum(0, dtype=of_bias.dtype), alpha=self.scale)
             del of_logits
         del gradient, scratch
-        return Formed(loss, stats, of_hidden, _as(of_weight, wanted.weight), _as(of_bias, wanted.bias))
+        return Formed(loss, stats, of_hidden, in_dtype(of_weight, wanted.weight), in_dtype(of_bias, wanted.bias))
 
     def _plan(self) -> _chunks.Plan:
         p, device = self.p, self.p.hidden.device
@@ -199,24 +199,24 @@ class _Sweep:
             start = chunk.start * self.columns * self.gradient_dtype.itemsize
             of_logits = self._view(gradient, start, n, self.gradient_dtype)
         student = of_logits if self.over_logits and of_logits is not None else place(chunk.student_in_scratch)
-        _products.logits(p.hidden[rows], p.weight[: self.vocab], _part(p.bias, self.vocab), self.scale, student)
+        _products.logits(p.hidden[rows], p.weight[: self.vocab], part(p.bias, self.vocab), self.scale, student)
         if self.teacher_rows is not None or self.sparse:
-            teacher = self._given(p.teacher, self.teacher_rows, rows)
+            teacher = rows_of(p, p.teacher, self.teacher_rows, rows)
         else:
             teacher = place(chunk.teacher_in_scratch)
             self._teacher_logits(rows, teacher)
         members = p.members
         if members is not None and (members.dim() > 1 or self.sparse):
-            members = self._given(members, self.member_rows, rows)
+            members = rows_of(p, members, self.member_rows, rows)
         whole = n == p.rows
         of_chunk = stats if whole else stats.new_empty((stats.shape[0], n))
         backends.row_loss(
             p.backend,
             student,
             teacher,
-            _part(p.labels, rows) if self.options.reads_labels else None,
+            part(p.labels, rows) if self.options.reads_labels else None,
             p.row_scale[rows],
-            _part(p.temperatures, rows),
+            part(p.temperatures, rows),
             p.weights,
             members,
             self.options,
@@ -227,39 +227,23 @@ class _Sweep:
         if not whole:
             stats[:, rows] = of_chunk
 
-    def _given(self, tensor: Tensor, matrix: Tensor | None, rows: slice) -> Tensor:
-        """Rows of a tensor (..., K): of its ``matrix``, where it is one, or a copy."""
-        if matrix is not None:
-            return matrix[rows]
-        return tensor[self._places(rows, tensor.shape[:-1])].view(-1, tensor.shape[-1])
-
     def _teacher_logits(self, rows: slice, out: Tensor) -> None:
         p = self.p
         if p.teacher_weight is not None:
-            weight, bias = p.teacher_weight[: self.vocab], _part(p.teacher_bias, self.vocab)
+            weight, bias = p.teacher_weight[: self.vocab], part(p.teacher_bias, self.vocab)
             _products.logits(p.teacher[rows], weight, bias, self.teacher_scale, out)
             return
         for start in range(rows.start, rows.stop, ROWS_COPIED):
             few = slice(start, min(start + ROWS_COPIED, rows.stop))
-            logits = p.teacher[..., : self.vocab][self._places(few, p.teacher.shape[:-1])]
+            logits = p.teacher[..., : self.vocab][_places(p, few, p.teacher.shape[:-1])]
             out[few.start - rows.start : few.stop - rows.start] = logits
 
-    def _places(self, rows: slice, shape: torch.Size) -> tuple[Tensor, ...]:
-        """Where rows lie in leading dimensions: torch.unravel_index, which waits for the device, without that."""
-        p = self.p
-        numbers = torch.arange(rows.start, rows.stop, device=p.hidden.device) if p.index is None else p.index[rows]
-        places: list[Tensor] = []
-        for size in reversed(shape):
-            places.insert(0, numbers % size)
-            numbers = numbers // size
-        return tuple(places)
 
-
-def _as(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+def in_dtype(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     return None if gradient is None or dtype is None else gradient.to(dtype)
 
 
-def _part(tensor: Tensor | None, rows: slice | int) -> Tensor | None:
+def part(tensor: Tensor | None, rows: slice | int) -> Tensor | None:
     return None if tensor is None else tensor[rows if isinstance(rows, slice) else slice(rows)]
 
 
@@ -268,10 +252,28 @@ def _suits(logits: Tensor, dtype: torch.dtype) -> bool:
     return logits.dtype == dtype and (logits.data_ptr() | logits.stride(0) * logits.element_size()) % 16 == 0
 
 
-def _runs_on(logits: Tensor) -> Tensor | None:  # (..., V) -> (N, V)
-    """Logits as a matrix where they lie; None where their rows are not evenly spaced."""
-    sizes, strides = row_layout(logits)
-    if len(sizes) > 1:
+def runs_on(tensor: Tensor) -> Tensor | None:  # (..., K) -> (N, K)
+    """A tensor as a matrix where it lies; None where its rows are not evenly spaced, or not contiguous."""
+    sizes, strides = row_layout(tensor)
+    width = tensor.shape[-1]
+    if len(sizes) > 1 or (tensor.stride(-1) != 1 and width > 1):
         return None
-    rows = logits.shape[:-1].numel()
-    return logits.as_strided((rows, logits.shape[-1]), ((strides or [logits.shape[-1]])[0], 1))
+    return tensor.as_strided((tensor.shape[:-1].numel(), width), ((strides or [width])[0], 1))
+
+
+def rows_of(problem: LinearProblem, tensor: Tensor, matrix: Tensor | None, rows: slice) -> Tensor:  # (n, K)
+    """Those of a problem's rows in a tensor (..., K): of its ``matrix``, where it is one, or a copy."""
+    if matrix is not None:
+        return matrix[rows]
+    return tensor[_places(problem, rows, tensor.shape[:-1])].reshape(-1, tensor.shape[-1]).contiguous()
+
+
+def _places(problem: LinearProblem, rows: slice, shape: torch.Size) -> tuple[Tensor, ...]:
+    """Where rows lie in leading dimensions: torch.unravel_index, which waits for the device, without that."""
+    index = problem.index
+    numbers = torch.arange(rows.start, rows.stop, device=problem.hidden.device) if index is None else index[rows]
+    places: list[Tensor] = []
+    for size in reversed(shape):
+        places.insert(0, numbers % size)
+        numbers = numbers // size
+    return tuple(places)

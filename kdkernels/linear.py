@@ -94,7 +94,8 @@ def linear_distillation_loss(
         student_bias: (V,) of any float dtype; added in the logits' dtype.
         logits_dtype: float32: logits as the products sum them. The dtype of 16-bit operands: logits rounded to it,
             which takes less time and memory, and destroys the gradient where the models nearly agree (docs/linear.md).
-            Operands of float32 and float64 have logits of their own dtype.
+            Operands of float32 and float64 have logits of their own dtype; where the logits of a sparse teacher's ids
+            are all there is, they are float32 too.
         workspace_bytes: a bound on what holds the chunk's logits and their gradients; at least one row's are held. The
             gradients that are returned are not part of it, nor is the fp32 sum of the weight's gradient where the
             tokens do not fit at once. None: chosen from measurements (docs/performance.md).

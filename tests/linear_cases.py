@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from checks import assert_near, assert_rounded
+from checks import assert_near, assert_rounded, in_double
+from sparse_cases import on
 from torch import Tensor
 
 import kdkernels as kd
@@ -36,12 +37,14 @@ class Operands(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    teacher: kd.LinearTeacher | Tensor
+    teacher: kd.LinearTeacher | kd.TopKTeacher | Tensor
 
     def to(self, how: torch.dtype | str) -> Operands:
-        """All of it in this dtype, or on this device."""
+        """All of it in this dtype, or on this device; log-probabilities keep their numbers."""
         teacher = self.teacher
-        if isinstance(teacher, kd.LinearTeacher):
+        if isinstance(teacher, kd.TopKTeacher):
+            teacher = on(how, teacher) if isinstance(how, str) else in_double(teacher)
+        elif isinstance(teacher, kd.LinearTeacher):
             teacher = kd.LinearTeacher(*(None if x is None else x.to(how) for x in teacher))
         else:
             teacher = teacher.to(how)

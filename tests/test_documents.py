@@ -31,13 +31,15 @@ def test_the_examples_run_in_order(document):
     assert gradient.isfinite().all()
 
 
-def test_the_example_from_hidden_states_runs():
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/linear.md").read_text(), flags=re.DOTALL)
+def test_the_examples_from_hidden_states_run_in_order():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/linear.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
     torch.manual_seed(0)
     names: dict = {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        exec(block, names)
+        for block in blocks:
+            exec(block, names)
     assert names["hidden"].grad.isfinite().all()
     assert names["weight"].grad.abs().sum() > 0
 

@@ -14,6 +14,7 @@ from kdkernels import _arguments
 X, W, B, T = operands(3, 4, width=10, hidden=6, teacher_hidden=5, bias=True, teacher_bias=True)
 Y = operands(3, 4, width=10, teacher_logits=True).teacher
 LABELS = torch.zeros(3, 4, dtype=torch.long)
+K = kd.TopKTeacher(torch.zeros(3, 4, 2, dtype=torch.long), torch.full((3, 4, 2), -1.0))
 
 
 def teacher(**fields):
@@ -58,6 +59,13 @@ CASES = {
     "teacher weight device": ((X, W, teacher(weight=T.weight.to("meta"))), {}, ValueError, "teacher.weight is on meta"),
     "teacher bias device": ((X, W, teacher(bias=T.bias.to("meta"))), {}, ValueError, "teacher.bias is on meta"),
     "teacher on another device": ((X, W, kd.LinearTeacher(*(x.to("meta") for x in T))), {}, ValueError, "teacher.hidden is on meta, student_hidden on cpu"),
+    "ids list": ((X, W, K._replace(ids=[0])), {}, TypeError, "teacher.ids must be an int32 or int64 Tensor, got list"),
+    "ids rows": ((X[:2], W, K), {}, ValueError, r"teacher.ids must be.*rows of student_hidden, \(2, 4\), got \(3, 4, 2\)"),
+    "ids device": ((X, W, K._replace(ids=K.ids.to("meta"))), {}, ValueError, "teacher.ids is on meta, student_hidden on cpu"),
+    "ids high": ((X, W, K._replace(ids=K.ids + 10)), {}, ValueError, r"teacher.ids must be negative .* or lie in \[0, 10\), got 10"),
+    "logprobs list": ((X, W, K._replace(logprobs=[0.0])), {}, TypeError, "teacher.logprobs must be a Tensor.*list"),
+    "logprobs shape": ((X, W, K._replace(logprobs=K.logprobs[..., :1])), {}, ValueError, "teacher.logprobs must have the shape of teacher.ids"),
+    "logprobs device": ((X, W, K._replace(logprobs=K.logprobs.to("meta"))), {}, ValueError, "teacher.logprobs is on meta, teacher.ids on cpu"),
     "vocabularies": ((X, W[:9], T), {}, ValueError, "student_weight has.* 9 and teacher.weight.* 10; give vocab_size"),
     "vocab_size": ((X, W, T), {"vocab_size": 11}, ValueError, r"vocab_size must lie in \[1, 10\].*got 11"),
     "logits_dtype in fp32": ((X, W, T), {"logits_dtype": torch.bfloat16}, ValueError, "logits_dtype must be torch.float32.*got torch.bfloat16"),
@@ -181,6 +189,8 @@ def test_a_dtensor_is_refused_and_told_what_to_do(mesh):
         "teacher.weight": lambda: kd.linear_distillation_loss(X, W, teacher(weight=spread(T.weight))),
         "teacher.bias": lambda: kd.linear_distillation_loss(X, W, teacher(bias=spread(T.bias))),
         "teacher": lambda: kd.linear_distillation_loss(X, W, spread(Y)),
+        "teacher.ids": lambda: kd.linear_distillation_loss(X, W, K._replace(ids=spread(K.ids))),
+        "teacher.logprobs": lambda: kd.linear_distillation_loss(X, W, K._replace(logprobs=spread(K.logprobs))),
     }
     for name, call in calls.items():
         with pytest.raises(TypeError, match=rf"^{re.escape(name)} is a DTensor.*full_tensor\(\).*to_local\(\)"):

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels._linear_rows import LinearProblem, Wanted, compacted, row_losses
+from kdkernels import _gathered_rows, _linear_rows
+from kdkernels._linear_rows import LinearProblem, Wanted, compacted
 from kdkernels.backends.native import number_of_stats
 from kdkernels.ops._shared import LIBRARY, OPTIONS, plain_eager, refuse_double_backward, scaled, unpacked
 
@@ -105,7 +106,7 @@ def _linear_loss(
         kept = None
         if compact and not (hidden.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             problem, kept = compacted(problem)
-        formed = row_losses(problem, wanted)
+        formed = (_linear_rows if options.whole else _gathered_rows).row_losses(problem, wanted)
         loss, stats, x_gradient = formed.loss, formed.stats, formed.hidden
         if kept is not None:
             rows = row_scale.numel()
