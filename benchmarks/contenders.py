@@ -40,7 +40,7 @@ class Contender:
 
     name: str
     timed: str
-    make: Callable[[Data], Loss] | None = None
+    make: Callable[[Any], Loss] | None = None
     backend: Literal["native", "triton"] | None = None
 
     def context(self) -> AbstractContextManager[None]:
