@@ -18,7 +18,6 @@ import torch.nn.functional as F
 
 import kdkernels as kd
 from benchmarks.cases import Case, Field
-from benchmarks.inputs import Data
 from benchmarks.loading import load
 from benchmarks.losses import FAMILY
 from benchmarks.peers import EAGER, Loss, eager
