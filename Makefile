@@ -28,6 +28,7 @@ lint: $(BUILT)
 bench: $(BUILT)
 	$(PY) -m benchmarks rows --device cpu
 	$(PY) -m benchmarks linear --device cpu
+	$(PY) -m benchmarks sparse --device cpu
 
 clean:
 	rm -rf build $(BUILT) kdkernels/*.so kdkernels/_C.pyi

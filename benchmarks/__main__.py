@@ -4,15 +4,18 @@ With --device cuda: every case of benchmarks/cases.py, or --quick: our two backe
 --family decoupled: those losses and the forward KL they are compared with, alone. --merge: what was measured goes into
 the result files that are there.
 python -m benchmarks linear: the same from hidden states and lm_head weights; cases in benchmarks/linear_cases.py.
+python -m benchmarks sparse: a teacher known by a few tokens a row, from logits and from hidden states; cases in
+benchmarks/sparse_cases.py.
 python -m benchmarks readme: the tables of README.md and of docs from those files.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -24,8 +27,11 @@ from benchmarks import (
     report_cuda,
     report_decoupled,
     report_linear,
+    report_sparse,
     rows,
     rows_cuda,
+    sparse,
+    sparse_cases,
 )
 from benchmarks.environment import ROOT
 
@@ -64,26 +70,38 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--without", metavar="NAME", nargs="+", default=[], help="leave out implementations whose name contains this"
     )
     gpu.add_argument("--commit", help="the commit to record, where the sources are no git checkout")
-    _add_linear(commands.add_parser("linear", help="hidden states and lm_head weights in, loss and gradients out"))
+    bench = commands.add_parser("linear", help="hidden states and lm_head weights in, loss and gradients out")
+    _add_options(
+        bench,
+        quick="small shapes, to see that everything works; no files",
+        words="plot, accuracy, ignored, divergences, or a part of a case's title",
+        minutes=linear.FULL.minutes,
+    )
+    bench = commands.add_parser("sparse", help="a teacher known by a few tokens a row")
+    _add_options(
+        bench,
+        quick="ours alone, few calls; no files",
+        words="a part of a case's title",
+        minutes=sparse.FULL.minutes,
+    )
     commands.add_parser("readme", help="write the tables of README.md and docs from the result files")
     options = parser.parse_args(arguments)
     if options.command == "rows" and len(options.width) > 1 and not options.quick:
         bench.error("several widths go with --device cuda --quick alone")
-    if options.command in ("rows", "linear") and options.merge and options.quick:
+    if options.command != "readme" and options.merge and options.quick:
         parser.error("--quick writes no files to merge into")
     return options
 
 
-def _add_linear(bench: argparse.ArgumentParser) -> None:
+def _add_options(bench: argparse.ArgumentParser, quick: str, words: str, minutes: float) -> None:
     bench.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    bench.add_argument("--quick", action="store_true", help="small shapes, to see that everything works; no files")
+    bench.add_argument("--quick", action="store_true", help=quick)
     bench.add_argument(
         "--only",
         metavar="WORD",
         nargs="+",
         default=[],
-        help="ours, peers: the others are left out; plot, accuracy, ignored, divergences, or a part of a case's title: "
-        "the other cases are. No files without --output, --merge",
+        help=f"ours, peers: the others are left out; {words}: the other cases are. No files without --output, --merge",
     )
     bench.add_argument(
         "--without", metavar="NAME", nargs="+", default=[], help="leave out implementations whose name contains this"
@@ -94,23 +112,23 @@ def _add_linear(bench: argparse.ArgumentParser) -> None:
     bench.add_argument(
         "--output", type=Path, default=None, help=f"folder of the result files (default: {RESULTS.name}/)"
     )
-    bench.add_argument(
-        "--minutes", type=float, default=linear.FULL.minutes, help="peers that would begin later are left out"
-    )
+    bench.add_argument("--minutes", type=float, default=minutes, help="peers that would begin later are left out")
     bench.add_argument("--commit", help="the commit to record, where the sources are no git checkout")
     bench.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
 
 
 def document_blocks() -> dict[Path, dict[str, str]]:
-    """What stands between each pair of markers in the documents: the tables of the result files that there are."""
+    """What stands between each pair of markers in the documents that there are: the tables of the result files."""
     results = {
         name: report.load(file)
-        for name in ("rows-cpu", "rows-cuda", "linear-cpu", "linear-cuda")
+        for name in ("rows-cpu", "rows-cuda", "linear-cpu", "linear-cuda", "sparse-cpu", "sparse-cuda")
         if (file := RESULTS / f"{name}.json").exists()
     }
-    readme = dict.fromkeys(("rows-cuda", "rows-cpu", "linear-cuda", "linear-cpu"), "")
+    names = ("rows-cuda", "rows-cpu", "linear-cuda", "linear-cpu", "sparse-cuda", "sparse-cpu")
+    readme = dict.fromkeys(names, "")
     linear_page = {f"linear-{kind}": "" for kind in report_linear.PAGES}
     page = dict.fromkeys(("decoupled-cuda", "decoupled-cpu"), "")
+    sparse_page = {"sparse-cases": ""}
     if "rows-cpu" in results:
         cpu = results["rows-cpu"]
         page["decoupled-cpu"] = report_decoupled.cpu(cpu)
@@ -129,7 +147,21 @@ def document_blocks() -> dict[Path, dict[str, str]]:
         drawn = (RESULTS / "linear-cuda.png").exists()
         readme["linear-cuda"] = _paragraphs(report_linear.summary(gpu), picture if drawn else "")
         linear_page = {f"linear-{kind}": report_linear.page(gpu, kind) for kind in report_linear.PAGES}
-    return {ROOT / "README.md": readme, ROOT / "docs/decoupled.md": page, ROOT / "docs/linear.md": linear_page}
+    if "sparse-cpu" in results:
+        readme["sparse-cpu"] = report_sparse.cpu(results["sparse-cpu"])
+    if "sparse-cuda" in results:
+        gpu = results["sparse-cuda"]
+        picture = "![time and memory of a sparse teacher](benchmarks/results/sparse-cuda.png)"
+        drawn = (RESULTS / "sparse-cuda.png").exists()
+        readme["sparse-cuda"] = _paragraphs(report_sparse.summary(gpu), picture if drawn else "")
+        sparse_page = {"sparse-cases": report_sparse.page(gpu)}
+    documents = {
+        ROOT / "README.md": readme,
+        ROOT / "docs/decoupled.md": page,
+        ROOT / "docs/linear.md": linear_page,
+        ROOT / "docs/sparse-teachers.md": sparse_page,
+    }
+    return {document: blocks for document, blocks in documents.items() if document.exists()}
 
 
 def _paragraphs(*parts: str) -> str:
@@ -235,53 +267,104 @@ def run_cuda(options: argparse.Namespace) -> None:
         unfinished.unlink()
 
 
-def write_linear(result: report.Result, folder: Path, name: str) -> None:
-    """The result files of a finished run of ``linear``; a plot where sizes were varied."""
+class Reports(Protocol):
+    """A module of the reports of one benchmark."""
+
+    def markdown(self, result: report.Result) -> str: ...
+    def plot(self, result: report.Result, path: Path) -> bool: ...
+
+
+def write(result: report.Result, folder: Path, name: str, reports: Reports) -> None:
+    """The result files of a finished run of ``linear`` or ``sparse``; a plot where there is something to draw."""
     report.save(result, folder / f"{name}.json")
-    (folder / f"{name}.md").write_text(report_linear.markdown(result) + "\n")
+    (folder / f"{name}.md").write_text(reports.markdown(result) + "\n")
     drawn = False
     try:
-        drawn = report_linear.plot(result, folder / f"{name}.png")
+        drawn = reports.plot(result, folder / f"{name}.png")
     except Exception as error:  # the figures are safe; no plot is no reason to lose them
         print(f"no plot: {error}")
     print(f"written: {folder / name}.json, .md{', .png' if drawn else ''}")
 
 
-def run_linear(options: argparse.Namespace) -> None:
+def _on_gpu(options: argparse.Namespace) -> bool:
+    """Whether the device is a GPU, which must be there; on a CPU the threads asked for are set."""
     on_gpu = torch.device(options.device).type == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch.cuda.is_available() is False")
     if options.threads:
         torch.set_num_threads(options.threads)
-    order = linear_cases.full() if on_gpu else linear_cases.cpu()
-    if options.quick:
-        order = linear_cases.quick() if on_gpu else linear_cases.cpu(rows=32, width=1000, hidden=64)
+    return on_gpu
+
+
+Keep = Callable[[report.Result], None]
+Some = TypeVar("Some", linear_cases.Case, sparse_cases.Case)
+
+
+def _run(
+    options: argparse.Namespace,
+    order: list[Some],
+    measure: Callable[[list[Some], Keep], report.Result],
+    reports: Reports,
+    table: Callable[[report.Result], str],
+) -> None:
+    """Measures the cases that are asked for, prints their tables and writes or merges the result files.
+
+    Args:
+        order: every case, in the order of the result files.
+        table: the README's, printed of a CPU.
+    """
     wanted = linear_cases.select(order, options.only)
     if not wanted:
         raise SystemExit(f"no case is named by --only {' '.join(options.only)}")
     part = (options.only or options.without) and not options.merge
     folder: Path | None = None if options.quick else options.output or (None if part else RESULTS)
-    name = f"linear-{torch.device(options.device).type}"
+    kind = torch.device(options.device).type
+    name = f"{options.command}-{kind}"
     old = _to_merge_into(options, folder and folder / f"{name}.json")
 
     def keep(result: report.Result) -> None:
         if folder is not None:
             report.save(result, folder / f"{name}.unfinished.json")
 
-    effort = replace(linear.FULL if on_gpu else linear.ON_CPU, minutes=options.minutes)
-    result = linear.run(
-        wanted, options.device, effort, words=options.only, without=options.without, commit=options.commit, keep=keep
-    )
-    if not on_gpu:
-        print(f"\n{report_linear.cpu(result)}")
-    print(f"\n{report_linear.markdown(result)}\n\n{result['seconds']:.0f} s")
+    result = measure(wanted, keep)
+    if kind == "cpu":
+        print(f"\n{table(result)}")
+    print(f"\n{reports.markdown(result)}\n\n{result['seconds']:.0f} s")
     if folder is not None:
         titles = [case.title for case in order]
         try:
-            write_linear(result if old is None else report_linear.merge(old, result, titles), folder, name)
+            write(result if old is None else report_linear.merge(old, result, titles), folder, name, reports)
         except ValueError as error:
             raise SystemExit(f"--merge: {error}") from error
         (folder / f"{name}.unfinished.json").unlink()
+
+
+def run_linear(options: argparse.Namespace) -> None:
+    on_gpu = _on_gpu(options)
+    order = linear_cases.full() if on_gpu else linear_cases.cpu()
+    if options.quick:
+        order = linear_cases.quick() if on_gpu else linear_cases.cpu(rows=32, width=1000, hidden=64)
+    effort = replace(linear.FULL if on_gpu else linear.ON_CPU, minutes=options.minutes)
+    asked = {"words": options.only, "without": options.without, "commit": options.commit}
+
+    def measure(wanted: list[linear_cases.Case], keep: Keep) -> report.Result:
+        return linear.run(wanted, options.device, effort, **asked, keep=keep)
+
+    _run(options, order, measure, report_linear, report_linear.cpu)
+
+
+def run_sparse(options: argparse.Namespace) -> None:
+    on_gpu = _on_gpu(options)
+    order = sparse_cases.full() if on_gpu else sparse_cases.cpu()
+    effort = replace(sparse.FULL if on_gpu else sparse.ON_CPU, minutes=options.minutes)
+    if options.quick:
+        order, effort = [replace(case, field="ours") for case in order], sparse.QUICK if on_gpu else sparse.QUICK_ON_CPU
+    asked = {"words": options.only, "without": options.without, "commit": options.commit}
+
+    def measure(wanted: list[sparse_cases.Case], keep: Keep) -> report.Result:
+        return sparse.run(wanted, options.device, effort, **asked, keep=keep)
+
+    _run(options, order, measure, report_sparse, report_sparse.cpu)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -290,6 +373,8 @@ def main(arguments: list[str] | None = None) -> None:
         write_documents()
     elif options.command == "linear":
         run_linear(options)
+    elif options.command == "sparse":
+        run_sparse(options)
     elif torch.device(options.device).type == "cuda":
         run_cuda(options)
     else:

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 
 import kdkernels as kd
 from benchmarks.cases import Case, Field
-from benchmarks.inputs import Data
 from benchmarks.loading import load
 from benchmarks.losses import FAMILY
 from benchmarks.peers import EAGER, Loss, eager
@@ -40,7 +39,7 @@ class Contender:
 
     name: str
     timed: str
-    make: Callable[[Data], Loss] | None = None
+    make: Callable[[Any], Loss] | None = None
     backend: Literal["native", "triton"] | None = None
 
     def context(self) -> AbstractContextManager[None]:

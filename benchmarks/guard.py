@@ -3,9 +3,35 @@
 from __future__ import annotations
 
 import gc
+import math
+import time
 from contextlib import suppress
+from typing import Any
 
 import torch
+
+
+class TimeIsUp(RuntimeError):
+    """A peer was not begun, since the run had taken its time."""
+
+
+def begin_peer(deadline: float = math.inf) -> None:
+    """
+    Args:
+        deadline: on the clock of ``time.perf_counter``.
+
+    Raises:
+        TimeIsUp: it is over.
+    """
+    if time.perf_counter() > deadline:
+        raise TimeIsUp("not begun, since the run had taken its time")
+
+
+def note_failure(line: dict[str, Any], error: Exception) -> None:
+    """Says in an implementation's line why it has no figures, and whether it was never begun."""
+    line["error"] = said(error)
+    if isinstance(error, TimeIsUp):
+        line["left_out"] = True
 
 
 def said(error: BaseException) -> str:

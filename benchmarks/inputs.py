@@ -30,6 +30,16 @@ class Data:
     labels: Tensor | None  # (...)
     divergence: kd.Divergence
 
+    def ours(self, student: Tensor, teacher: Tensor, inplace: bool = False) -> Tensor:
+        """Our loss of these logits."""
+        return kd.distillation_loss(student, teacher, self.labels, divergence=self.divergence, inplace=inplace)
+
+    def exact(self, student: Tensor) -> Tensor:
+        """The sum of the rows' losses by the reference, of these logits in fp64."""
+        return kd.reference.distillation_loss(
+            student, self.teacher.double(), self.labels, divergence=self.divergence, reduction="sum"
+        )
+
     def rows(self, *index: Tensor | slice) -> Data:
         """Some of the rows, by an index of the leading dimensions."""
         return Data(

@@ -13,10 +13,10 @@ from torch import Tensor
 
 import kdkernels as kd
 from benchmarks.environment import describe
-from benchmarks.guard import release, said
+from benchmarks.guard import begin_peer, note_failure, release, said
 from benchmarks.linear_cases import DIVERGENCES, Case
 from benchmarks.linear_inputs import CHECKED_ROWS, CHECKED_TOKENS, DESCRIPTION, Data, Exact, draw
-from benchmarks.linear_peers import BARE, BARE_TIMED, SHORT, Contender, contenders, ours
+from benchmarks.linear_peers import BARE, BARE_OF_STUDENT, BARE_TIMED, SHORT, Contender, contenders, ours
 from benchmarks.memory import peak_above_now
 from benchmarks.timing import queued
 
@@ -60,21 +60,19 @@ DIVERGENCE_TURNS = 5
 ON_CPU = Effort(turns=3, seconds=0.5, least=3, most=10)
 
 
-class TimeIsUp(RuntimeError):
-    """A peer was not begun, since the run had taken its time."""
-
-
-def bare(case: Case, data: Data, device: str, calls: int) -> list[float]:
-    """Milliseconds of the four products alone."""
+def bare(data: Data, device: str, calls: int) -> list[float]:
+    """Milliseconds of the products alone: both models' logits (the student's where the teacher has none), dX, dW."""
     with torch.no_grad():
         hidden, weight = data.student_hidden.detach(), data.student_weight.detach()
-        gradient = torch.randn(case.rows, case.width, device=device, dtype=hidden.dtype)
-        student, teacher = torch.empty_like(gradient), torch.empty_like(gradient)
+        gradient = torch.randn(len(hidden), len(weight), device=device, dtype=hidden.dtype)
+        student = torch.empty_like(gradient)
+        teacher = torch.empty_like(gradient) if isinstance(data.teacher, kd.LinearTeacher) else None
         hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.empty_like(weight)
 
         def products() -> None:
             torch.mm(hidden, weight.T, out=student)
-            torch.mm(data.teacher_hidden, data.teacher_weight.T, out=teacher)
+            if teacher is not None:
+                torch.mm(data.teacher_hidden, data.teacher_weight.T, out=teacher)
             torch.mm(gradient, weight, out=hidden_gradient)
             torch.mm(gradient.T, hidden, out=weight_gradient)
 
@@ -83,11 +81,11 @@ def bare(case: Case, data: Data, device: str, calls: int) -> list[float]:
         return queued(products, device, calls)
 
 
-def warm(case: Case, data: Data, device: str, effort: Effort) -> None:
+def warm(data: Data, device: str, effort: Effort) -> None:
     """A GPU at work is hotter, and slower, than one that has waited."""
     if torch.device(device).type == "cuda":
-        pace = statistics.median(bare(case, data, device, 3))
-        bare(case, data, device, int(1e3 * effort.warm_seconds / pace))
+        pace = statistics.median(bare(data, device, 3))
+        bare(data, device, int(1e3 * effort.warm_seconds / pace))
         release()
 
 
@@ -113,8 +111,8 @@ def _step(contender: Contender, data: Data) -> Callable[[], Tensor]:
 
 
 def _begin(contender: Contender, deadline: float) -> None:
-    if not contender.ours and time.perf_counter() > deadline:
-        raise TimeIsUp("not begun, since the run had taken its time")
+    if not contender.ours:
+        begin_peer(deadline)
     if contender.compiles:
         torch._dynamo.reset()
 
@@ -129,18 +127,16 @@ def _line(contender: Contender) -> Line:
     }
 
 
-def _note_failure(line: Line, error: Exception) -> None:
-    line["error"] = said(error)
-    if isinstance(error, TimeIsUp):
-        line["left_out"] = True
+def measure(
+    data: Data, flops: int, field: Sequence[Contender], device: str, effort: Effort, deadline: float
+) -> list[Line]:
+    """A line per implementation: time, peak memory, errors; or what kept it from running. First the bare products.
 
-
-def measure(case: Case, field: Sequence[Contender], device: str, effort: Effort, deadline: float) -> list[Line]:
-    """A line per implementation: time, peak memory, errors; or what kept it from running. First the bare products."""
-    data = draw(case, device)
+    ``flops`` are theirs.
+    """
     exact = Exact(data)
     release()
-    warm(case, data, device, effort)
+    warm(data, device, effort)
     lines, jobs = [], []
     products: list[float] = []
     for contender in field:
@@ -148,7 +144,7 @@ def measure(case: Case, field: Sequence[Contender], device: str, effort: Effort,
         lines.append(line)
         try:
             _begin(contender, deadline)
-            products += bare(case, data, device, effort.bare_calls)
+            products += bare(data, device, effort.bare_calls)
             release()
             job = Job(line, _step(contender, data), [])
             line |= exact.errors(data, job.step())
@@ -162,13 +158,14 @@ def measure(case: Case, field: Sequence[Contender], device: str, effort: Effort,
             job.times.extend(queued(job.step, device, effort.count(pace)))
             jobs.append(job)
         except Exception as error:
-            _note_failure(line, error)
+            note_failure(line, error)
         data.forget_gradients()
         release()
     for _ in range(effort.turns - 1):
         _another_turn(jobs, data, device, effort)
-        products += bare(case, data, device, effort.bare_calls)
-    return _with_times(case, lines, jobs, products)
+        products += bare(data, device, effort.bare_calls)
+    name = BARE if isinstance(data.teacher, kd.LinearTeacher) else BARE_OF_STUDENT
+    return _with_times(name, flops, lines, jobs, products)
 
 
 def _another_turn(jobs: Sequence[Job], data: Data, device: str, effort: Effort) -> None:
@@ -177,21 +174,21 @@ def _another_turn(jobs: Sequence[Job], data: Data, device: str, effort: Effort) 
             job.step()
             job.times.extend(queued(job.step, device, effort.count(statistics.median(job.times))))
         except Exception as error:
-            _note_failure(job.line, error)
+            note_failure(job.line, error)
         data.forget_gradients()
         release()
 
 
-def _with_times(case: Case, lines: list[Line], jobs: Sequence[Job], products: list[float]) -> list[Line]:
+def _with_times(name: str, flops: int, lines: list[Line], jobs: Sequence[Job], products: list[float]) -> list[Line]:
     found = [(job.line, job.times) for job in jobs if "error" not in job.line]
     if products:
-        lines = [{"implementation": BARE, "curve": BARE, "size": "", "timed": BARE_TIMED}, *lines]
+        lines = [{"implementation": name, "curve": name, "size": "", "timed": BARE_TIMED[name]}, *lines]
         found.append((lines[0], products))
     for line, times in found:
         spent = statistics.median(times)
         low, high = torch.tensor(times).quantile(torch.tensor([0.25, 0.75])).tolist()
         line |= {"milliseconds": spent, "quartiles": [low, high], "calls": len(times)}
-        line |= {"teraflops": case.flops / spent / 1e9, "over_bare": spent / statistics.median(products)}
+        line |= {"teraflops": flops / spent / 1e9, "over_bare": spent / statistics.median(products)}
     return lines
 
 
@@ -215,7 +212,7 @@ def measure_accuracy(case: Case, field: Sequence[Contender], device: str, deadli
             errors = {noise: exact[noise].errors(data, _step(contender, data)()) for noise, data in drawn.items()}
             line["errors"] = errors
         except Exception as error:
-            _note_failure(line, error)
+            note_failure(line, error)
         for data in drawn.values():
             data.forget_gradients()
         release()
@@ -225,7 +222,7 @@ def measure_accuracy(case: Case, field: Sequence[Contender], device: str, deadli
 def measure_divergences(case: Case, device: str, effort: Effort) -> list[Line]:
     """Our milliseconds for every divergence, in turns."""
     data = draw(case, device)
-    warm(case, data, device, effort)
+    warm(data, device, effort)
     times: dict[str, list[float]] = {name: [] for name in DIVERGENCES}
     for _ in range(DIVERGENCE_TURNS):
         for name, divergence in DIVERGENCES.items():
@@ -315,7 +312,7 @@ def run(
             elif case.kind == "accuracy":
                 entry["rows"] = measure_accuracy(case, field, device, deadline)
             else:
-                entry["rows"] = measure(case, field, device, effort, deadline)
+                entry["rows"] = measure(draw(case, device), case.flops, field, device, effort, deadline)
         except Exception as error:
             entry["error"] = said(error)
         release()

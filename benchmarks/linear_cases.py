@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import kdkernels as kd
 
@@ -117,11 +117,21 @@ def cpu(rows: int = 512, width: int = 32000, hidden: int = 256) -> list[Case]:
     return [Case("forward_kl", rows, width, hidden, hidden, "float32", logits=("float32",))]
 
 
-def select(cases: Sequence[Case], words: Sequence[str]) -> list[Case]:
+class Named(Protocol):
+    @property
+    def kind(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+
+
+Some = TypeVar("Some", bound=Named)
+
+
+def select(cases: Sequence[Some], words: Sequence[str]) -> list[Some]:
     """The cases that --only names: "plot", or a part of a title. No such word: every case."""
     wanted = [word for word in words if word not in ("ours", "peers")]
 
-    def named(case: Case, word: str) -> bool:
+    def named(case: Some, word: str) -> bool:
         return case.kind == "sizes" if word == "plot" else word.lower() in case.title.lower()
 
     return [case for case in cases if not wanted or any(named(case, word) for word in wanted)]

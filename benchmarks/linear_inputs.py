@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +28,26 @@ DESCRIPTION = (
 class Data:
     student_hidden: Tensor  # (N, H_s), a leaf that requires grad
     student_weight: Tensor  # (V, H_s), a leaf that requires grad
-    teacher_hidden: Tensor  # (N, H_t)
-    teacher_weight: Tensor  # (V, H_t)
+    teacher: kd.LinearTeacher | kd.TopKTeacher  # hidden (N, H_t) and weight (V, H_t); or ids and logprobs (N, K)
     divergence: kd.Divergence
+
+    @property
+    def teacher_hidden(self) -> Tensor:  # (N, H_t)
+        assert isinstance(self.teacher, kd.LinearTeacher)
+        return self.teacher.hidden
+
+    @property
+    def teacher_weight(self) -> Tensor:  # (V, H_t)
+        assert isinstance(self.teacher, kd.LinearTeacher)
+        return self.teacher.weight
+
+    def exact_teacher(self) -> Callable[[slice], Tensor | kd.TopKTeacher]:
+        """The teacher of some rows in fp64, as the reference takes it: its logits, or what is known of them."""
+        teacher = self.teacher
+        if isinstance(teacher, kd.TopKTeacher):
+            return lambda rows: teacher._replace(ids=teacher.ids[rows], logprobs=teacher.logprobs[rows].double())
+        weight = teacher.weight.double()
+        return lambda rows: F.linear(teacher.hidden[rows].double(), weight)
 
     def forget_gradients(self) -> None:
         self.student_hidden.grad = self.student_weight.grad = None
@@ -56,8 +74,7 @@ def draw(case: Case, device: str, noise: float | None = None, seed: int = 0) -> 
     return Data(
         student.clone().requires_grad_(),
         student_weight.requires_grad_(),
-        teacher,
-        teacher_weight.detach(),
+        kd.LinearTeacher(teacher, teacher_weight.detach()),
         DIVERGENCES[case.divergence],
     )
 
@@ -72,7 +89,7 @@ class Exact:
 
     def __init__(self, data: Data, rows: int | None = CHECKED_ROWS, tokens: int | None = CHECKED_TOKENS) -> None:
         hidden, weight = data.student_hidden.detach(), data.student_weight.detach().double()
-        teacher_weight = data.teacher_weight.double()
+        teacher_of = data.exact_teacher()
         count, width = len(hidden), len(weight)
         self.rows, self.tokens = _spread(count, rows, hidden.device), _spread(width, tokens, hidden.device)
         self.loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
@@ -80,9 +97,10 @@ class Exact:
         parts = []
         step = max(1, CHUNK_BYTES // (8 * width))
         for start in range(0, count, step):
-            inputs = hidden[start : start + step].double()
+            chunk = slice(start, start + step)
+            inputs = hidden[chunk].double()
             logits = F.linear(inputs, weight).requires_grad_()
-            teacher = F.linear(data.teacher_hidden[start : start + step].double(), teacher_weight)
+            teacher = teacher_of(chunk)
             loss = kd.reference.distillation_loss(logits, teacher, divergence=data.divergence, reduction="sum") / count
             (gradient,) = torch.autograd.grad(loss, logits)
             self.loss += loss.detach()

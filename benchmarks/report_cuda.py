@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def mebibytes(line: Line) -> str:
     return "n/a" if line.get("peak_mib") is None else f"{line['peak_mib']:.0f}"
 
 
-def _error(value: float | None) -> str:
+def error_cell(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.0e}"
 
 
@@ -85,9 +86,9 @@ def markdown(result: Result) -> str:
         if entry["case"]["kind"] == "small":
             continue
         for number, (name, line) in enumerate(measured(entry).items()):
-            error = _error(line.get("gradient_error"))
+            error = error_cell(line.get("gradient_error"))
             if "loss_error" in line:
-                error = f"loss {_error(line['loss_error'])}"
+                error = f"loss {error_cell(line['loss_error'])}"
             lines.append(
                 f"| {entry['title'] if number == 0 else ''} | {name} | {line['milliseconds']:.3f} "
                 f"| {percent(line['fraction_of_limit'])} | {mebibytes(line)} | {error} |"
@@ -136,7 +137,7 @@ def _small(result: Result) -> list[str]:
             on_gpu = f"not captured: {line.get('graph_error')}" if graph is None else f"{1e3 * graph:.1f}"
             lines.append(
                 f"| {entry['title'] if number == 0 else ''} | {name} | {1e3 * line['milliseconds']:.1f} | {on_gpu} "
-                f"| {percent(line['fraction_of_limit'])} | {_error(line.get('gradient_error'))} |"
+                f"| {percent(line['fraction_of_limit'])} | {error_cell(line.get('gradient_error'))} |"
             )
     return [*lines, ""]
 
@@ -268,18 +269,23 @@ def _plot_times(axis: Any, result: Result, divergence: str) -> None:
         axis.set_axis_off()
         axis.set_title(f"{divergence}: not measured", fontsize=10)
         return
-    lines = sorted(measured(entry).values(), key=lambda line: line["milliseconds"])
+    bars(axis, measured(entry).values(), entry["limit_ms"], "memory limit")
+    axis.set_title(f"{divergence}, {entry['case']['rows']} × {HEADLINE}: time, peak memory", fontsize=10)
+
+
+def bars(axis: Any, lines: Iterable[Line], limit: float, limited_by: str) -> None:
+    """Bars of time, fastest first, with the peak memory at each and the limit as a line."""
+    lines = sorted(lines, key=lambda line: line["milliseconds"])
     names = [line["implementation"] for line in lines]
     times = [line["milliseconds"] for line in lines]
     colours = ["#3b6fb6" if name.startswith("kdkernels") else "#b8bcc4" for name in names]
     for bar, line in zip(axis.barh(names, times, color=colours), lines, strict=True):
         text = f" {line['milliseconds']:.2f} ms · {mebibytes(line)} MiB"
         axis.text(bar.get_width(), bar.get_y() + bar.get_height() / 2, text, va="center", fontsize=8)
-    axis.axvline(entry["limit_ms"], color="#c0392b", linewidth=1, linestyle="--", label="memory limit")
+    axis.axvline(limit, color="#c0392b", linewidth=1, linestyle="--", label=limited_by)
     axis.set_xscale("log")
-    axis.set_xlim(0.5 * min(entry["limit_ms"], *times), 12 * max(times))
+    axis.set_xlim(0.5 * min(limit, *times), 12 * max(times))
     axis.invert_yaxis()
-    axis.set_title(f"{divergence}, {entry['case']['rows']} × {HEADLINE}: time, peak memory", fontsize=10)
     axis.set_xlabel("ms (log scale)", fontsize=9)
     axis.tick_params(labelsize=8)
     axis.legend(fontsize=8, loc="upper right")

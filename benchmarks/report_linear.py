@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.linear_cases import Case
 from benchmarks.linear_peers import BARE, EAGER_NAME, OURS
 from benchmarks.report import Entry, Result, check_same_device, differing, provenance
-from benchmarks.report_cuda import not_measured
+from benchmarks.report_cuda import error_cell, not_measured
 
 Line = dict[str, Any]
 
@@ -26,7 +26,7 @@ def merge(old: Result, new: Result, order: Sequence[str]) -> Result:
     """``old`` with the lines of ``new`` in the place of those of the same case and implementation.
 
     A line of ``new`` says under "run" what of its environment differs from ``old``'s. Its time over that of the bare
-    products is one of its own run. What ``new`` left out for want of time replaces nothing.
+    products, or its share of a limit, is one of its own run. What ``new`` left out for want of time replaces nothing.
 
     Args:
         order: titles of cases.
@@ -36,6 +36,8 @@ def merge(old: Result, new: Result, order: Sequence[str]) -> Result:
     """
     check_same_device(old, new)
     run = differing(old, new)
+    if "copy" in new:
+        run["copy"] = new["copy"]
     entries = {entry["title"]: entry for entry in old["results"]}
     kept = set(entries) - {entry["title"] for entry in new["results"]}
     for entry in new["results"]:
@@ -55,7 +57,7 @@ def merge(old: Result, new: Result, order: Sequence[str]) -> Result:
     return {**old, **{key: new[key] for key in ("inputs", "timing")}, "results": merged}
 
 
-def _provenance(result: Result, entries: Iterable[Entry]) -> str:
+def provenance_by_line(result: Result, entries: Iterable[Entry]) -> str:
     """What these entries were measured on; of lines of a later run, what differs and which they are."""
     later: list[Entry] = []
     for entry in entries:
@@ -85,10 +87,6 @@ def gibibytes(line: Line) -> str:
     return "n/a" if line.get("peak_mib") is None else f"{line['peak_mib'] / 1024:.1f} GiB"
 
 
-def _error(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.0e}"
-
-
 def percent(fraction: float) -> str:
     """Of an error: two digits."""
     return f"{100 * fraction:.0f} %" if fraction >= 0.995 else f"{100 * fraction:.2g} %"
@@ -106,7 +104,7 @@ def markdown(result: Result) -> str:
             lines.append(
                 f"| {entry['title'] if number == 0 else ''} | {name} | {line['milliseconds']:.2f} "
                 f"| {line['over_bare']:.2f} | {line['teraflops']:.3g} | {peak} "
-                f"| {_error(line.get('hidden_error'))} | {_error(line.get('weight_error'))} |"
+                f"| {error_cell(line.get('hidden_error'))} | {error_cell(line.get('weight_error'))} |"
             )
     parts = ["\n".join(lines), *(table(result) for table in PAGES.values())]
     if failures := not_measured(result):
@@ -117,7 +115,7 @@ def markdown(result: Result) -> str:
     parts += [
         f"{result['inputs']} {result['timing']} TFLOP/s: the operations of the four products in the time of the whole. "
         f"kdkernels' backend: {', '.join(backends) or 'none'}.",
-        _provenance(result, result["results"]),
+        provenance_by_line(result, result["results"]),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -149,13 +147,13 @@ def summary(result: Result) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     curves = dict.fromkeys(line["curve"] for at in found for line in at.values() if line.get("rounds_logits"))
     note = f"Logits rounded to bf16 (what that does: [docs/linear.md](docs/linear.md)): {'; '.join(curves)}."
-    return "\n".join([*lines, "", *([note, ""] if curves else []), _provenance(result, entries)])
+    return "\n".join([*lines, "", *([note, ""] if curves else []), provenance_by_line(result, entries)])
 
 
 def page(result: Result, kind: str) -> str:
     """A page's table of the cases of this kind (of :data:`PAGES`) and what they were measured on; "" without any."""
     table = PAGES[kind](result)
-    return f"{table}\n\n{_provenance(result, of_kind(result, kind))}" if table else ""
+    return f"{table}\n\n{provenance_by_line(result, of_kind(result, kind))}" if table else ""
 
 
 def accuracy_table(result: Result) -> str:
@@ -250,13 +248,13 @@ def cpu(result: Result) -> str:
                 faster = f"{eager['milliseconds'] / line['milliseconds']:.1f}"
                 if peak is not None and eager.get("peak_mib"):
                     share = f"{100 * peak / eager['peak_mib']:.0f} %"
-            errors = f"{_error(line.get('hidden_error'))}, {_error(line.get('weight_error'))}"
+            errors = f"{error_cell(line.get('hidden_error'))}, {error_cell(line.get('weight_error'))}"
             if name == BARE:
                 errors = "–"
             memory = "n/a" if peak is None else f"{peak:.0f}"
             lines.append(f"| {name} | {line['milliseconds']:.0f} | {faster} | {memory} | {share} | {errors} |")
         tables.append("\n".join(lines))
-    return "\n\n".join([*tables, _provenance(result, of_kind(result, "loss"))])
+    return "\n\n".join([*tables, provenance_by_line(result, of_kind(result, "loss"))])
 
 
 def curves(result: Result) -> tuple[Entry | None, dict[str, list[Line]]]:

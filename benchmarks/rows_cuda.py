@@ -16,7 +16,7 @@ import kdkernels as kd
 from benchmarks.cases import Case
 from benchmarks.contenders import IN_PLACE, Contender, contenders
 from benchmarks.environment import describe
-from benchmarks.guard import release, said
+from benchmarks.guard import begin_peer, note_failure, release, said
 from benchmarks.inputs import DESCRIPTION, Data, draw
 from benchmarks.memory import peak_above_now
 from benchmarks.peers import Loss
@@ -56,17 +56,17 @@ class Job:
     gradient: Callable[[], Tensor | None] = lambda: None
 
 
-def prepare(case: Case, contender: Contender, loss: Loss, data: Data) -> Job:
-    """The call to time."""
+def prepare(contender: Contender, loss: Loss, data: Data, forward: bool = False) -> Job:
+    """The call to time: a step, or the loss alone."""
     student, teacher = data.student, data.teacher
-    if case.kind == "forward":
+    if forward:
         logits = student.detach()
 
         @torch.no_grad()
-        def forward() -> object:
+        def loss_alone() -> object:
             return loss(logits, teacher)
 
-        return Job(forward)
+        return Job(loss_alone)
     if contender.name == IN_PLACE:
         # The logits of a model are the output of an operation; here that of a view, which costs nothing.
         work = student.detach().clone().requires_grad_()
@@ -76,15 +76,18 @@ def prepare(case: Case, contender: Contender, loss: Loss, data: Data) -> Job:
             work.grad = None
             work.copy_(student)
 
-        def step_in_place() -> None:
-            logits = work.view_as(work)
-            kd.distillation_loss(logits, teacher, data.labels, divergence=data.divergence, inplace=True).backward()
+        def step_in_place() -> Tensor:
+            value = data.ours(work.view_as(work), teacher, inplace=True)
+            value.backward()
+            return value.detach()
 
         return Job(step_in_place, restore, lambda: work.grad)
 
-    def step() -> None:
+    def step() -> Tensor:
         student.grad = None
-        loss(student, teacher).backward()
+        value = loss(student, teacher)
+        value.backward()
+        return value.detach()
 
     return Job(step, None, lambda: student.grad)
 
@@ -94,38 +97,41 @@ def _loss(contender: Contender, data: Data) -> Loss:
         return contender.make(data)
     if contender.backend is None and kd.backends.choose(data.student.device, data.student.dtype) == "reference":
         raise RuntimeError(f"no kernels of kdkernels serve {data.student.device}")
-    return lambda student, teacher: kd.distillation_loss(student, teacher, data.labels, divergence=data.divergence)
+    return data.ours
 
 
 class Exact:
-    """The fp64 gradient of a few rows spread over the batch."""
+    """In fp64: the gradient of a few rows spread over the batch, the loss of all of it, or both."""
 
-    def __init__(self, case: Case, data: Data) -> None:
+    def __init__(self, data: Data, *, loss: bool = False, gradient: bool = True) -> None:
         leading = data.student.shape[:-1]
-        rows = torch.linspace(0, case.rows - 1, min(CHECKED_ROWS, case.rows)).long()
-        self.index = torch.unravel_index(rows.to(data.student.device), leading)
-        few = data.rows(*self.index)
-        student = few.student.double().requires_grad_()
-        counted = case.rows if data.labels is None else int((data.labels != -100).sum())
-        loss = kd.reference.distillation_loss(
-            student, few.teacher.double(), few.labels, divergence=few.divergence, reduction="sum"
-        )
-        self.gradient = torch.autograd.grad(loss, student)[0] / counted
+        counted = leading.numel() if data.labels is None else int((data.labels != -100).sum())
+        self.loss = exact_loss(data) / counted if loss else None
+        self.gradient = None
+        if gradient:
+            rows = torch.linspace(0, leading.numel() - 1, min(CHECKED_ROWS, leading.numel())).long()
+            self.index = torch.unravel_index(rows.to(data.student.device), leading)
+            few = data.rows(*self.index)
+            student = few.student.double().requires_grad_()
+            self.gradient = torch.autograd.grad(few.exact(student), student)[0] / counted
 
-    def error(self, gradient: Tensor) -> float:
-        return float((gradient[self.index].double() - self.gradient).norm() / self.gradient.norm())
+    def errors(self, loss: object, gradient: Tensor | None) -> dict[str, float]:
+        """Relative errors of what was asked for; NaN of a gradient that is not there."""
+        found = {}
+        if self.loss is not None:
+            found["loss_error"] = abs(float(loss) - self.loss) / abs(self.loss)  # type: ignore[arg-type]
+        if self.gradient is not None:
+            found["gradient_error"] = math.nan
+            if gradient is not None:
+                error = (gradient[self.index].double() - self.gradient).norm() / self.gradient.norm()
+                found["gradient_error"] = float(error)
+        return found
 
 
-def exact_loss(case: Case, data: Data) -> float:
-    """The loss of the whole batch in fp64, some rows at a time."""
+def exact_loss(data: Data) -> float:
+    """The sum of the losses of the whole batch in fp64, some rows at a time."""
     parts = [data.rows(slice(start, start + 64)) for start in range(0, len(data.student), 64)]
-    losses = [
-        kd.reference.distillation_loss(
-            part.student.double(), part.teacher.double(), part.labels, divergence=part.divergence, reduction="sum"
-        )
-        for part in parts
-    ]
-    return float(torch.stack(losses).sum()) / case.rows
+    return float(torch.stack([part.exact(part.student.double()) for part in parts]).sum())
 
 
 def _entrants(case: Case, data: Data, without: tuple[str, ...]) -> list[tuple[str, Contender, Data]]:
@@ -137,42 +143,58 @@ def _entrants(case: Case, data: Data, without: tuple[str, ...]) -> list[tuple[st
 
 
 def measure(case: Case, device: str, effort: Effort, without: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """A line per implementation: time, peak memory, error of the gradient; or what kept it from running."""
+    """A line per implementation of the case's field."""
     data = draw(case, device)
-    exact = None if case.kind == "forward" else Exact(case, data)
-    value = exact_loss(case, data) if exact is None else math.nan
+    forward = case.kind == "forward"
+    exact = Exact(data, loss=forward, gradient=not forward)
+    return measure_in_turns(_entrants(case, data, without), exact, device, effort, forward=forward)
+
+
+def measure_in_turns(
+    entrants: Sequence[tuple[str, Contender, Data]],
+    exact: Exact,
+    device: str,
+    effort: Effort,
+    *,
+    forward: bool = False,
+    deadline: float = math.inf,
+) -> list[dict[str, Any]]:
+    """A line per implementation: time, peak memory, error of the gradient; or what kept it from running.
+
+    Args:
+        entrants: the name of each line, who runs, on what.
+        deadline: peers that would begin later are left out.
+    """
     lines: list[dict[str, Any]] = []
     jobs: dict[int, tuple[Contender, Job, int]] = {}
-    for name, contender, inputs in _entrants(case, data, without):
+    for name, contender, inputs in entrants:
         line: dict[str, Any] = {"implementation": name, "timed": contender.timed}
         lines.append(line)
         try:
+            if contender.make is not None:
+                begin_peer(deadline)
             with contender.context():
-                job = prepare(case, contender, _loss(contender, inputs), inputs)
+                job = prepare(contender, _loss(contender, inputs), inputs, forward)
                 if contender.name == IN_PLACE:
                     line["backend"] = kd.backends.choose(inputs.student.device, inputs.student.dtype)
-                _warm_up(job, device)
-                if exact is None:
-                    line["loss_error"] = abs(float(job.run()) - value) / abs(value)  # type: ignore[arg-type]
-                else:
-                    gradient = job.gradient()
-                    line["gradient_error"] = math.nan if gradient is None else exact.error(gradient)
-                    del gradient
+                line |= exact.errors(_warm_up(job, device), job.gradient())
                 line["peak_mib"] = _peak_mib(job, inputs, device)
                 pace = max(1e-3, statistics.median(queued(job.run, device, 1, job.before)))
             jobs[len(lines) - 1] = contender, job, max(3, min(effort.most, int(1e3 * effort.seconds / pace)))
         except Exception as error:
-            line["error"] = said(error)
+            note_failure(line, error)
         inputs.student.grad = None
     _take_turns(jobs, lines, device, effort)
     return lines
 
 
-def _warm_up(job: Job, device: str) -> None:
+def _warm_up(job: Job, device: str) -> object:
+    """What the first call returned."""
     if job.before is not None:
         job.before()
-    job.run()
+    value = job.run()
     synchronize(device)
+    return value
 
 
 def _peak_mib(job: Job, data: Data, device: str) -> float | None:
@@ -219,15 +241,12 @@ def measure_small(case: Case, device: str, effort: Effort, without: tuple[str, .
             Data(student.detach().requires_grad_(), teacher, None, drawn.divergence)
             for student, teacher in zip(drawn.student.split(case.rows), drawn.teacher.split(case.rows), strict=True)
         ]
-        exact = exact or Exact(case, data[0])
+        exact = exact or Exact(data[0])
         try:
             with contender.context():
                 loss = _loss(contender, data[0])
-                jobs = [prepare(case, contender, loss, one) for one in data]
-                _warm_up(jobs[0], device)
-                gradient = jobs[0].gradient()
-                line["gradient_error"] = math.nan if gradient is None else exact.error(gradient)
-                del gradient
+                jobs = [prepare(contender, loss, one) for one in data]
+                line |= exact.errors(_warm_up(jobs[0], device), jobs[0].gradient())
                 line["peak_mib"] = _peak_mib(jobs[0], data[0], device)
                 runs = [job.run for job in jobs]
                 walls = [wall_clock(runs, device, effort.seconds) for _ in range(effort.turns)]
@@ -259,11 +278,23 @@ def copy_speed(device: str, effort: Effort) -> float:
     return 2 * source.numel() * source.element_size() / (1e-3 * statistics.median(times))
 
 
+def time_a_copy(copy: dict[str, Any], device: str, effort: Effort) -> None:
+    """One more speed of a copy for a result file, or what kept it from being measured."""
+    release()
+    try:
+        copy["bytes_per_second"].append(copy_speed(device, effort))
+    except Exception as error:
+        copy["error"] = said(error)
+    release()
+
+
 def add_limits(result: dict[str, Any]) -> None:
     """The time that the bytes of each case take at the run's best copy speed, and what of it each line reaches."""
     speeds = result["copy"]["bytes_per_second"]
     best = max(speeds) if speeds else math.nan
     for entry in result["results"]:
+        if "bytes" not in entry:
+            continue
         entry["limit_ms"] = 1e3 * entry["bytes"] / best
         for line in entry["rows"]:
             spent = line.get("graph_ms") or line.get("milliseconds")
@@ -301,19 +332,11 @@ def run(
         "results": [],
     }
 
-    def time_a_copy() -> None:
-        release()
-        try:
-            result["copy"]["bytes_per_second"].append(copy_speed(device, effort))
-        except Exception as error:
-            result["copy"]["error"] = said(error)
-        release()
-
     width = None
     for case in cases:
         if case.width != width:
             width = case.width
-            time_a_copy()
+            time_a_copy(result["copy"], device, effort)
         entry: dict[str, Any] = {"case": asdict(case), "title": case.title, "bytes": case.bytes, "rows": []}
         result["results"].append(entry)
         try:
@@ -326,7 +349,7 @@ def run(
         _progress(case.title, entry, started)
         add_limits(result)
         keep(result)
-    time_a_copy()
+    time_a_copy(result["copy"], device, effort)
     add_limits(result)
     result["complete"] = True
     result["seconds"] = time.perf_counter() - started

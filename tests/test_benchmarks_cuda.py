@@ -14,6 +14,7 @@ from benchmarks.losses import FAMILY, GIVEN_PER_ROW
 from kdkernels.backends import triton
 
 TINY = rows_cuda.Effort(turns=2, seconds=0.001, most=3, copy_elements=2**12, small_bytes=2**15)
+pytestmark = pytest.mark.usefixtures("keep_garbage")
 KINDS = [
     Case("forward_kl", 16, 203, field="all"),
     Case("total_variation", 16, 203, dtype="float32"),

@@ -16,6 +16,7 @@ from benchmarks.linear_inputs import Exact, draw
 from benchmarks.linear_peers import BARE, COMPILED, EAGER_NAME, Contender
 from benchmarks.loading import load
 
+pytestmark = pytest.mark.usefixtures("keep_garbage")
 TINY = linear.Effort(turns=2, seconds=0.001, least=2, most=2, bare_calls=1)
 SHAPE = (40, 203, 16, 24)
 PLAIN = Case("forward_kl", *SHAPE, dtype="float32", logits=("float32",), workspaces=(2**14,), field="kernels")
@@ -222,7 +223,7 @@ def test_the_reports_of_a_synthetic_result(tmp_path):
     accuracy = report_linear.page(result, "accuracy")
     assert f"| {FP32} | 0.2 %, 50 % | 0.2 %, 50 % | 0.2 %, 50 % |" in accuracy
     assert "| | 1 | 0.1 | 0.01 |" in accuracy
-    benchmarks_main.write_linear(result, tmp_path, "linear-cuda")
+    benchmarks_main.write(result, tmp_path, "linear-cuda", report_linear)
     assert (tmp_path / "linear-cuda.png").stat().st_size > 20_000
     assert report_linear.summary(report.load(tmp_path / "linear-cuda.json")) == summary
 
