@@ -36,6 +36,11 @@ class Plan(NamedTuple):
     STRONG: str = ""  # which StrongSet splits the row
     ORDER_SHIFT: int = 0  # low bits of an fp32 number that are the same in all of the teacher's logits
     TERM_WEIGHTS: bool = False  # a decoupled divergence's weights come as a tensor
+    TAIL: str = ""  # of a sparse teacher: what becomes of the mass it does not tell
+    IDS: int = 0  # places for a sparse teacher's ids, a power of two; no fewer than threads, so that each is one's own
+    WHOLE: bool = True  # a sparse teacher's: false where the given ids' columns alone matter
+    UNROLL: int = 1  # blocks that a sparse teacher's sweeps load at once
+    LANE: int = 8  # columns of a lane that lie together; but in rows of alignment "none"
 
 
 @triton.jit
@@ -158,6 +163,17 @@ def logits(rows, columns, EDGE: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
+def student_logits(rows, columns, EDGE: tl.constexpr, P: tl.constexpr):
+    """The student's logits alone, and the derivative of their transform (see :func:`logits`)."""
+    student, begin, end = rows[0], rows[2], rows[3]
+    x = read(student, columns, begin, end, EDGE, P)
+    x, derivative = transform(x, rows[4], rows[5], tl.constexpr(P.STUDENT_TRANSFORM))
+    if EDGE:
+        x = tl.where((columns >= begin) & (columns < end), x, float("-inf"))
+    return x, derivative
+
+
+@triton.jit
 def teacher_logits(rows, columns, EDGE: tl.constexpr, P: tl.constexpr):
     """The teacher's logits alone (see :func:`logits`)."""
     teacher, begin, end = rows[1], rows[2], rows[3]
@@ -185,13 +201,19 @@ def blocks_inside(rows, P: tl.constexpr):
 
 
 @triton.jit
-def inside(i, rows, REVERSE: tl.constexpr, P: tl.constexpr):
-    """The columns of the i-th block inside the row."""
+def inside_from(i, rows, REVERSE: tl.constexpr, P: tl.constexpr):
+    """The first column of the i-th block inside the row."""
     if REVERSE:
         i = blocks_inside(rows, P) - 1 - i
     if P.ALIGNMENT == "shifted":
         i += 1
-    return i * P.BLOCK + tl.arange(0, P.BLOCK)
+    return i * P.BLOCK
+
+
+@triton.jit
+def inside(i, rows, REVERSE: tl.constexpr, P: tl.constexpr):
+    """The columns of the i-th block inside the row."""
+    return inside_from(i, rows, REVERSE, P) + tl.arange(0, P.BLOCK)
 
 
 @triton.jit
@@ -205,10 +227,16 @@ def blocks_at_edges(rows, P: tl.constexpr):
 
 
 @triton.jit
-def edge(i, rows, P: tl.constexpr):
-    """The columns of the i-th block at an edge: the row's last block, then its first."""
+def edge_from(i, rows, P: tl.constexpr):
+    """The first column of the i-th block at an edge: the row's last block, then its first."""
     last = (rows[3] - 1) // P.BLOCK
-    return last * (1 - i) * P.BLOCK + tl.arange(0, P.BLOCK)
+    return last * (1 - i) * P.BLOCK
+
+
+@triton.jit
+def edge(i, rows, P: tl.constexpr):
+    """The columns of the i-th block at an edge (see :func:`edge_from`)."""
+    return edge_from(i, rows, P) + tl.arange(0, P.BLOCK)
 
 
 @triton.jit
@@ -217,7 +245,7 @@ def _lanes(x, P: tl.constexpr):
     if P.ALIGNMENT == "none":
         return tl.reshape(x, (CHUNK, P.BLOCK // CHUNK))
     else:
-        return tl.reshape(x, (P.BLOCK // CHUNK, CHUNK))
+        return tl.reshape(x, (P.BLOCK // P.LANE, P.LANE))
 
 
 @triton.jit

@@ -148,8 +148,8 @@ def two_product(a, b):
     return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
 
 
-# Sums of several blocks, through one exchange between the warps. The interpreter, which would walk such a reduction
-# number by number, adds them up one block after the other.
+# Sums and maxima of several blocks, through one exchange between the warps. The interpreter, which would walk such a
+# reduction number by number, takes one block after the other.
 
 
 @triton.jit
@@ -168,11 +168,24 @@ def _add8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
 
 
 @triton.jit
+def _max2(a0, a1, b0, b1):
+    return tl.maximum(a0, b0), tl.maximum(a1, b1)
+
+
+@triton.jit
 def sum2(a, b):
     if INTERPRETED:
         return tl.sum(a, axis=0), tl.sum(b, axis=0)
     else:
         return tl.reduce((a, b), 0, _add2)
+
+
+@triton.jit
+def max2(a, b):
+    if INTERPRETED:
+        return tl.max(a, axis=0), tl.max(b, axis=0)
+    else:
+        return tl.reduce((a, b), 0, _max2)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ _import_error = ""
 try:
     import numpy
 
-    from kdkernels.backends import _triton_decoupled, _triton_divergences, _triton_rows, _triton_scale
+    from kdkernels.backends import _triton_decoupled, _triton_divergences, _triton_rows, _triton_scale, _triton_sparse
 except ImportError as error:
     _import_error = str(error)
 
@@ -35,6 +35,10 @@ ORDER_SHIFTS = {torch.bfloat16: 16, torch.float16: 13}
 MOST_COUNTED = 2**24
 SCALE_BLOCK = 4096
 SCALE_PROGRAMS = 512  # about four a multiprocessor
+# A sparse teacher's kernel: threads of a program at most, and blocks that its sweeps load at once. Beside its sweeps a
+# program does the same work in every thread, so that fewer threads do less. Chosen from instruction counts.
+SPARSE_THREADS = 512
+SPARSE_UNROLL = 2
 
 
 def _interpreted() -> bool:
@@ -109,11 +113,18 @@ def _block(vocab_size: int) -> int:
     return next((block for largest, block in BLOCKS if vocab_size <= largest), LARGEST_BLOCK)
 
 
-def _launch(block: int, device: torch.device) -> dict[str, int]:
-    """How a kernel is compiled for a device, beside its own constants."""
-    options = {"num_warps": max(1, min(block // LANE_COLUMNS, 1024) // _warp_size(device))}
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "xpu":
+        return int(torch.xpu.get_device_properties(device).gpu_subslice_count)
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _launch(block: int, device: torch.device, threads: int = 1024, registers: int = REGISTERS) -> dict[str, int]:
+    """How a kernel is compiled for a device, beside its own constants: with so many threads at most."""
+    options = {"num_warps": max(1, min(block // LANE_COLUMNS, threads) // _warp_size(device))}
     if device.type == "cuda" and torch.version.cuda:
-        options["maxnreg"] = REGISTERS
+        options["maxnreg"] = registers
     return options
 
 
@@ -172,6 +183,13 @@ def _plan(
     )
 
 
+def _why_not_dtypes(**tensors: Tensor) -> str | None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            return f"Triton's kernels compute in fp32, but {name} is {str(tensor.dtype).removeprefix('torch.')}"
+    return None
+
+
 def row_loss(
     student: Tensor,  # (..., V_s)
     teacher: Tensor,  # (..., V_t)
@@ -190,9 +208,9 @@ def row_loss(
     Returns:
         None; or, with nothing written, why these tensors cannot be served.
     """
-    for name, logits in (("student_logits", student), ("teacher", teacher)):
-        if logits.dtype not in DTYPES:
-            return f"Triton's kernels compute in fp32, but {name} is {str(logits.dtype).removeprefix('torch.')}"
+    reason = _why_not_dtypes(student_logits=student, teacher=teacher)
+    if reason is not None:
+        return reason
     if options.strong == "top_k" and options.vocab_size > MOST_COUNTED:
         return f"Triton's kernels count tokens in fp32, to {MOST_COUNTED}; vocab_size is {options.vocab_size}"
     reason = why_not_gradient(student, gradient)
@@ -251,6 +269,96 @@ def row_loss(
         else:
             parameters = (options.strong_amount,) if options.strong else options.parameters
             _triton_rows.row_kernel[(rows,)](*before, *problem, *(*parameters, 0.0, 0.0)[:2], *numbers, plan, **launch)
+    if gradient is not None and target is not None and (target is not gradient):
+        gradient.copy_(target)
+    return None
+
+
+def sparse_row_loss(
+    student: Tensor,  # (..., V_s)
+    logprobs: Tensor,  # (..., K)
+    labels: Tensor | None,  # (...) int64
+    row_scale: Tensor,  # (...) fp32
+    temperatures: Tensor | None,  # (...) fp32
+    weights: Tensor | None,  # None: a decoupled divergence's
+    ids: Tensor,  # (..., K) int32 or int64
+    options: RowOptions,
+    gradient: Tensor | None,  # (..., V_s), written; may be the student itself; of 16 bits too where that is fp32
+    loss: Tensor,  # (...) fp32, written
+    stats: Tensor,  # (7, ...) fp32, written
+) -> str | None:
+    """:func:`row_loss` of a sparse teacher: log-probabilities of a few ids a row.
+
+    Returns:
+        None; or, with nothing written, why these tensors cannot be served.
+    """
+    reason = _why_not_dtypes(student_logits=student, **{"teacher.logprobs": logprobs})
+    reason = reason or why_not_gradient(student, gradient)
+    if reason is not None:
+        return reason
+    rows, number_of_ids = row_scale.numel(), ids.shape[-1]
+    if rows == 0:
+        return None
+    given, target = student, gradient
+    sizes, strides = _layout(student, student if target is None else target)
+    if len(sizes) > MAX_DIMS:  # as in row_loss
+        student = student.contiguous()
+        if gradient is not None:
+            target = student if gradient is given else torch.empty_like(student, dtype=gradient.dtype)
+        sizes, strides = _layout(student, student if target is None else target)
+    tensors = [student, student if target is None else target]
+    alignment, misalignment = _alignment(tensors, strides, options.vocab_size)
+    block = _block(max(options.vocab_size, 2 * number_of_ids))  # of many ids, few for each thread
+    threads = min(block // LANE_COLUMNS, SPARSE_THREADS)
+    plan = _plan(student, logprobs, target, temperatures, None, options, alignment, len(sizes))._replace(
+        PLAIN="none",
+        ORDER_SHIFT=0,
+        BLOCK=block,
+        TAIL=options.tail,
+        IDS=max(1 << (number_of_ids - 1).bit_length(), threads),
+        WHOLE=options.whole,
+        UNROLL=SPARSE_UNROLL,
+        # What Triton gives a thread for 16 bytes of the narrowest number at hand.
+        LANE=LANE_COLUMNS if alignment == "none" else min(LANE_COLUMNS, 16 // min(of.element_size() for of in tensors)),
+    )
+    # Rows of the largest blocks one a multiprocessor: those under way then fit the second cache, for the gradient.
+    at_once = max(1, LARGEST_BLOCK // block)
+    # The interpreter runs its programs one after the other anyway.
+    programs = min(rows, 1 if student.device.type == "cpu" else at_once * _multiprocessors(student.device))
+    # A bit for each column of whole blocks, the first of which may begin up to a lane before the row.
+    words = -(-(options.vocab_size + LANE_COLUMNS - 1) // block) * block // 32
+    marks = torch.empty(programs, words, dtype=torch.int32, device=student.device)
+    row_scale = row_scale.contiguous()
+    with _on(student.device):
+        _triton_sparse.sparse_kernel[(programs,)](
+            *tensors,
+            logprobs.contiguous(),
+            ids.contiguous(),
+            row_scale if labels is None or not options.reads_labels else labels.contiguous(),
+            row_scale,
+            row_scale if temperatures is None else temperatures.contiguous(),
+            loss,
+            stats,
+            marks,
+            marks.view(torch.uint8),
+            rows,
+            number_of_ids,
+            words,
+            options.vocab_size,
+            student.shape[-1],
+            misalignment,
+            options.temperature,
+            options.kd_weight,
+            options.ce_weight,
+            (*options.parameters, 0.0)[0],
+            options.student_logit_scale,
+            options.student_softcap,
+            options.teacher_logit_scale,
+            *_padded(sizes, 1)[1:],
+            *(stride for of in strides for stride in _padded(of, 0)),
+            plan,
+            **_launch(block, student.device, threads, REGISTERS * 1024 // (at_once * threads)),
+        )
     if gradient is not None and target is not None and (target is not gradient):
         gradient.copy_(target)
     return None
