@@ -2,7 +2,7 @@
 // shared memory, sweeps it for its statistics and once more for the gradient. Before the first sweep a warp of its own
 // takes the ids' columns out (-inf), so that the sums are of the other columns alone: nothing is subtracted.
 #pragma once
-#include "sparse_row.cuh"
+#include "sparse_ids.cuh"
 
 namespace kdkernels::cuda {
 
@@ -36,6 +36,15 @@ struct SparseMemory {
   static __device__ void arrive(uint64_t* barriers, int n) { barrier_arrive(shared_address(&barriers[n % kRows])); }
   static __device__ void wait(uint64_t* barriers, int n) { barrier_wait(shared_address(&barriers[n % kRows]), n / kRows & 1); }
 };
+
+// A warp's part of the cluster's rows, before any of them is swept.
+template <class T>
+__device__ __forceinline__ void prepare(const ClusterProblem& problem, uint32_t first_row, uint32_t row_step, int warp, int warps, int lane) {
+  const Team<32> team{nullptr, lane};
+  for (int64_t row = first_row + int64_t(warp) * row_step; row < problem.rows.rows; row += int64_t(warps) * row_step)
+    prepare_row<T, kFewIds / 32>(problem.rows, uint32_t(row), team, Places{}, problem.sparse);
+  __syncwarp();
+}
 
 // The warp that takes the ids' columns out of a row, slot by slot as they come: all ids, whether they count or not.
 template <class T>

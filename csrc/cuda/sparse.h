@@ -1,6 +1,7 @@
-// Sparse teachers on a GPU: two launches. `prepare` cleans a row's ids, gathers the student's logits there and computes all
-// that the given ids decide alone; the sweep (sparse.cuh) reads the rest of the row, reports the row and writes the
-// gradient. Where nothing but the ids matters, `write_gaps` does that instead. Between them stands a workspace.
+// Sparse teachers on a GPU. First a row's ids are prepared: cleaned, the student's logits gathered there, and all computed that
+// they decide alone (sparse_ids.cuh); then the sweep (sparse.cuh) reads the rest of the row, reports the row and writes the
+// gradient. Rows of few ids are prepared by the sweep's own threads as they start, others by a launch before. Where nothing
+// but the ids matters, `write_gaps` is all that follows. Between the steps stands a workspace.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -58,8 +59,10 @@ inline SparseWorkspace sparse_workspace(void* memory, int64_t rows, int64_t k) {
 
 // The sweep's address, for the launch functions of the runtime; one translation unit per dtype (sparse_kernel.cu).
 constexpr int kSparseHelpers = 128;
+constexpr int kFewIds = 64;
+inline bool sweep_prepares(const SparseTeacher& t) { return t.whole && t.k <= kFewIds; }
 template <class T>
-const void* sparse_kernel();
+const void* sparse_kernel(bool prepares);
 
 void sparse_prepare(const RowProblem& problem, const SparseWorkspace& workspace, cudaStream_t stream);
 void write_gaps(const RowProblem& problem, const SparseWorkspace& workspace, cudaStream_t stream);

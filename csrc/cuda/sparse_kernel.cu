@@ -6,7 +6,7 @@
 namespace kdkernels::cuda {
 
 // The last four warps of a block copy, take the ids' columns out, write their gradient, and add up totals.
-template <class T>
+template <class T, bool Prepares>
 __global__ void __launch_bounds__(kMaxConsumers + kSparseHelpers, 1) sparse_cluster(const __grid_constant__ ClusterProblem problem) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ __align__(8) uint64_t full[kMaxSlots], empty[kMaxSlots];
@@ -31,27 +31,46 @@ __global__ void __launch_bounds__(kMaxConsumers + kSparseHelpers, 1) sparse_clus
   }
   __syncthreads();
   cluster_sync();
+  // Who reads the workspace waits until all of the cluster's rows are prepared.
+  const auto when_prepared = [] {
+    cluster_arrive();
+    cluster_wait();
+  };
+  const int begin = rank * problem.share;
   if (warp < warps) {
+    if constexpr (Prepares) prepare<T>(problem, first_row, row_step, rank * warps + warp, blocks * warps, lane);
+    cluster_arrive();
     const Exchange exchange{&exchange_memory, warps, warp, lane};
     SparseSweep<T>(problem, ring, &sparse_memory, exchange, blocks, rank).consume(first_row, row_step);
-  } else if (warp == warps) {
-    if (lane == 0) ring.template produce<false>(problem, first_row, row_step, rank * problem.share);
     __syncwarp();
+    cluster_wait();
+  } else if (warp == warps) {
+    cluster_arrive();
+    if (lane == 0) ring.template produce<false>(problem, first_row, row_step, begin);
+    __syncwarp();
+    cluster_wait();
   } else if (warp == warps + 1) {
-    TakeOut<T>(problem, ring, &sparse_memory, rank * problem.share, lane).serve(first_row, row_step);
+    cluster_arrive();
+    TakeOut<T>(problem, ring, &sparse_memory, begin, lane).serve(first_row, row_step);
+    __syncwarp();
+    cluster_wait();
   } else if (warp == warps + 2) {
-    Patch<T>(problem, &sparse_memory, rank * problem.share, lane).serve(first_row, row_step);
+    when_prepared();
+    Patch<T>(problem, &sparse_memory, begin, lane).serve(first_row, row_step);
+    __syncwarp();
   } else {
+    when_prepared();
     SparseTotals<T>(problem, headers, &exchange_memory, &sparse_memory, blocks, rank, warps, lane).serve(first_row, row_step);
+    __syncwarp();
   }
   cluster_sync();  // no block leaves while another may still store into it
 }
 
 template <class T>
-const void* sparse_kernel() {
-  return reinterpret_cast<const void*>(&sparse_cluster<T>);
+const void* sparse_kernel(bool prepares) {
+  return prepares ? reinterpret_cast<const void*>(&sparse_cluster<T, true>) : reinterpret_cast<const void*>(&sparse_cluster<T, false>);
 }
 
-template const void* sparse_kernel<KD_TYPE>();
+template const void* sparse_kernel<KD_TYPE>(bool prepares);
 
 }  // namespace kdkernels::cuda
