@@ -216,16 +216,18 @@ bool lay_out(const Device& d, const RowProblem& p, Plan& plan, int rows, bool ti
   return tight && (fits_in(2, 0) || fits_in(1, 0) || fits_in(4, 0));
 }
 
-// Of a sparse teacher: two rows at a time, in slots that are filled and emptied sooner than whole shares.
+// Of a sparse teacher: in slots that are filled and emptied sooner than whole shares.
 bool lay_out_sparse(const Device& d, const RowProblem& p, Plan& plan) {
-  const int turn = plan.consumers * group(p);
-  plan.slot_columns = int(std::clamp<int64_t>(share(p, plan.cluster), turn, 2 * turn));
+  const int turn = plan.consumers * group(p), turns = bytes_per_element(p.student.dtype) == 2 ? 2 : 4;
+  plan.slot_columns = int(std::clamp<int64_t>(share(p, plan.cluster), turn, turns * turn));
   return slots(d, p, plan) > (1 + plan.ahead) * chunks(p, plan);
 }
 
 // Two rows where one block holds them; else one, in the smallest cluster that has a slot to spare. On an H100, bf16, 4096
-// rows of 128256: clusters of 2 0.80 ms, of 4 with two rows 0.85; of 32000 columns, two rows 0.25, one 0.26.
+// rows of 128256: clusters of 2 0.79 ms (0.80 with 512 consumers), of 4 with two rows 0.81; fp32, 2048 rows: 512 consumers
+// 0.56, 384 0.57.
 Plan sparse_plan(const Device& d, const RowProblem& p, Plan plan) {
+  if (bytes_per_element(p.student.dtype) == 2) plan.consumers = std::min(plan.consumers, 384);
   plan.cluster = plan.ahead = 1;
   if (!lay_out_sparse(d, p, plan)) plan.ahead = 0;
   while (plan.cluster <= 16 && !lay_out_sparse(d, p, plan)) plan.cluster *= 2;

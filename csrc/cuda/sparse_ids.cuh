@@ -94,13 +94,14 @@ struct Entries {
   float logit[Each], score[Each];
 };
 
-// The divergence within S, and its gradient for the workspace.
+// The divergence within S, and its gradient for the workspace. Each model's logits are taken from its largest on: a teacher's
+// log-probabilities and a student's logits may be far apart.
 template <template <class> class Divergence, int Each, int Threads>
-__device__ float within(const RowProblem& p, const Entries<Each>& e, const Team<Threads>& team, RowConstants<FloatMath> row,
-                        float (&gaps)[Each], float (&shares)[Each]) {
+__device__ float within(const RowProblem& p, const Entries<Each>& e, const Team<Threads>& team, float student_max,
+                        float teacher_max, RowConstants<FloatMath> row, float (&gaps)[Each], float (&shares)[Each]) {
   using C = Column<FloatMath>;
   using D = Divergence<FloatMath>;
-  auto column = [&](int i) { return C::make(e.logit[i], e.score[i], row); };
+  auto column = [&](int i) { return C::make(e.logit[i] - student_max, e.score[i] - teacher_max, row); };
   // Where the models nearly agree, a gradient carries the normalisers' rounding at first order: one Newton step.
   const ForwardKL<FloatMath> forward(p.parameters, row);
   float off = 0;
@@ -115,8 +116,8 @@ __device__ float within(const RowProblem& p, const Entries<Each>& e, const Team<
     float with = -__builtin_inff();
 #pragma unroll
     for (int i = 0; i < Each; i++)
-      if (e.id[i] >= 0 && e.logit[i] == row.student_max) with = fmaxf(with, e.score[i]);
-    pivot = divergence.derivative(C::make(row.student_max, team.max(with), row));
+      if (e.id[i] >= 0 && e.logit[i] == student_max) with = fmaxf(with, e.score[i] - teacher_max);
+    pivot = divergence.derivative(C::make(0, team.max(with), row));
     if (!isfinite(pivot)) pivot = 0;
   }
   float value = 0, slope = 0;
@@ -227,20 +228,18 @@ __device__ __forceinline__ void prepare_row(const RowProblem& p, uint32_t row, c
   float gaps[Each], shares[Each];
   if (some_student && some_teacher && !(out.flags & kInvalid)) {
     const Logarithm of_student = Logarithm::of(student_sum), of_teacher = Logarithm::of(teacher_sum);
-    const float max_gap = teacher_max - student_max;
     RowConstants<FloatMath> c;
-    c.student_max = student_max, c.teacher_max = teacher_max;
-    c.shift = truncf(max_gap / 4) * 4;
+    c.student_max = c.teacher_max = c.shift = c.gap_rest = 0;
     c.inv_temperature = inv_temperature, c.log2e_over_temperature = kLog2Ef / temperature;
     c.inv_student_sum = reciprocal(student_sum), c.inv_teacher_sum = reciprocal(teacher_sum);
     c.log_student_sum = of_student.natural(), c.log_teacher_sum = of_teacher.natural();
-    c.gap = log_ratio(of_teacher, of_student), c.gap_rest = (max_gap - c.shift) * inv_temperature;
+    c.gap = log_ratio(of_teacher, of_student);
     if (p.divergence == int(DivergenceId::reverse_kl))
-      out.within = within<ReverseKL>(p, e, team, c, gaps, shares);
+      out.within = within<ReverseKL>(p, e, team, student_max, teacher_max, c, gaps, shares);
     else if (p.divergence == int(DivergenceId::jensen_shannon))
-      out.within = within<JensenShannon>(p, e, team, c, gaps, shares);
+      out.within = within<JensenShannon>(p, e, team, student_max, teacher_max, c, gaps, shares);
     else
-      out.within = within<ForwardKL>(p, e, team, c, gaps, shares);
+      out.within = within<ForwardKL>(p, e, team, student_max, teacher_max, c, gaps, shares);
   } else {
     // One of the models has no distribution within S; the teacher's alone has a gradient, of forward KL.
     const float of_teacher = some_teacher ? reciprocal(teacher_sum) : 0, of_student = some_student ? reciprocal(student_sum) : 0;
