@@ -86,6 +86,7 @@ enum class Tail : int32_t { none = 0, bucket = 1, renormalize = 2, teacher = 3, 
 // A teacher by the log-probabilities of k tokens a row. An id < 0 names no token; of one that comes again in its row,
 // the first counts; a row with an id >= vocab_size is NaN.
 struct SparseTeacher {
+  static constexpr int64_t most_ids = 4096;  // a row, at least 1
   Tail tail = Tail::none;  // none: the teacher is one of logits
   bool whole = true;       // false: of the vocabulary only the ids matter (renormalize, without cross-entropy)
   const void* ids = nullptr;  // (rows, k)

@@ -48,6 +48,8 @@ kd::SparseTeacher sparse_teacher(int tail, bool whole, std::uintptr_t ids, bool 
                                  int logprobs_dtype, int64_t k, int64_t ids_stride, int64_t logprobs_stride,
                                  double scale) {
   if (tail < 0 || tail > int(kd::Tail::drop)) throw std::invalid_argument("unknown tail " + std::to_string(tail));
+  if (k < 1 || k > kd::SparseTeacher::most_ids)
+    throw std::invalid_argument("a row has up to " + std::to_string(kd::SparseTeacher::most_ids) + " ids");
   kd::SparseTeacher t;
   t.tail = static_cast<kd::Tail>(tail);
   t.whole = whole;
@@ -63,13 +65,14 @@ kd::SparseTeacher sparse_teacher(int tail, bool whole, std::uintptr_t ids, bool 
 }
 
 kd::RowProblem row_problem(const kd::Logits& student, const kd::Logits& teacher, const kd::SparseTeacher& sparse,
-                           int64_t rows, int64_t vocab_size, int divergence, const std::vector<double>& parameters, std::uintptr_t weights, int strong,
-                           double strong_amount, std::uintptr_t mask, const std::vector<int64_t>& mask_sizes,
-                           const std::vector<int64_t>& mask_strides, double kd_weight, double ce_weight,
-                           bool scale_by_temperature, double temperature, std::uintptr_t temperatures,
-                           std::uintptr_t labels, std::uintptr_t row_scale, bool scale_gradient, std::uintptr_t loss,
-                           std::uintptr_t stats, std::uintptr_t gradient, int gradient_dtype,
-                           const std::vector<int64_t>& gradient_sizes, const std::vector<int64_t>& gradient_strides) {
+                           int64_t rows, int64_t vocab_size, int divergence, const std::vector<double>& parameters,
+                           std::uintptr_t weights, int strong, double strong_amount, std::uintptr_t mask,
+                           const std::vector<int64_t>& mask_sizes, const std::vector<int64_t>& mask_strides,
+                           double kd_weight, double ce_weight, bool scale_by_temperature, double temperature,
+                           std::uintptr_t temperatures, std::uintptr_t labels, std::uintptr_t row_scale,
+                           bool scale_gradient, std::uintptr_t loss, std::uintptr_t stats, std::uintptr_t gradient,
+                           int gradient_dtype, const std::vector<int64_t>& gradient_sizes,
+                           const std::vector<int64_t>& gradient_strides) {
   if (parameters.size() > 4) throw std::invalid_argument("a divergence has up to 4 parameters");
   if (divergence < 0 || divergence > int(kd::DivergenceId::adaptive_kl))
     throw std::invalid_argument("unknown divergence id " + std::to_string(divergence));

@@ -51,6 +51,8 @@ void parallel(int64_t n, int64_t piece, int threads, F f) {
   for (int64_t i = 0; i < pieces; i++) f(i * piece, n < (i + 1) * piece ? n : (i + 1) * piece);
 }
 
+constexpr int64_t kColumnsPerId = 32;  // that take about as long
+
 // Rows a thread takes at a time: enough columns to be worth the handing out.
 int64_t rows_per_piece(int64_t width) { return width > 16384 ? 1 : (16384 + width) / (width + 1); }
 
@@ -66,7 +68,8 @@ std::string capability() { return choice().name; }
 
 void row_loss(const RowProblem& problem, int threads) {
   const CpuKernels kernels = choice().kernels;
-  parallel(problem.rows, rows_per_piece(problem.vocab_size), threads,
+  const int64_t ids = problem.sparse.tail == Tail::none ? 0 : problem.sparse.k;
+  parallel(problem.rows, rows_per_piece(problem.vocab_size + kColumnsPerId * ids), threads,
            [&](int64_t begin, int64_t end) { kernels.sweep(problem, begin, end); });
 }
 

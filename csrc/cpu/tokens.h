@@ -1,7 +1,6 @@
 // The ids that a sparse teacher names in a row, in the order of their columns, and their log-probabilities.
 #pragma once
 #include <algorithm>
-#include <compare>
 #include <vector>
 
 #include "blocks.h"
@@ -48,16 +47,17 @@ class RowTokens {
     const bool in_range = t_.ids_are_64_bit ? place(static_cast<const int64_t*>(t_.ids) + row * t_.ids_stride)
                                             : place(static_cast<const int32_t*>(t_.ids) + row * t_.ids_stride);
     if (!in_range) return false;
-    sort_and_drop_repeated();
+    sort();
+    drop_repeated();
     widen(t_.logprobs, t_.logprobs_dtype, row * t_.logprobs_stride, int(t_.k), given_.data());
-    for (int i = 0; i < size_; i++) logprobs_[size_t(i)] = given_[size_t(tokens_[size_t(i)].place)];
+    for (int i = 0; i < size_; i++) logprobs_[size_t(i)] = given_[size_t(tokens_[size_t(i)].place())];
     find_best();
     return true;
   }
 
   int size() const { return size_; }
   Range in_block(int64_t b) const { return {starts_[size_t(b)], starts_[size_t(b + 1)]}; }
-  int64_t column(int i) const { return tokens_[size_t(i)].column; }
+  int64_t column(int i) const { return tokens_[size_t(i)].column(); }
   double logprob(int i) const { return logprobs_[size_t(i)]; }
   int best() const { return best_; }  // of the largest log-probability, the first of equals; -1 where there are no ids
   double largest() const { return best_ < 0 ? -INFINITY : logprobs_[size_t(best_)]; }
@@ -77,11 +77,15 @@ class RowTokens {
 
  private:
   static constexpr int kSums = 8;
+  static constexpr int kFew = 8;  // ids to a block, which need no more than insertion to be sorted
 
   struct Token {
-    int64_t column;
-    int place;  // where it was given
-    auto operator<=>(const Token&) const = default;
+    static constexpr int place_bits = 12;
+    static_assert(SparseTeacher::most_ids <= 1 << place_bits);
+    int64_t bits;  // in their order by column, then by where they were given
+    int64_t column() const { return bits >> place_bits; }
+    int place() const { return int(bits & ((1 << place_bits) - 1)); }
+    bool operator<(const Token& other) const { return bits < other.bits; }
   };
 
   // Sorted by block.
@@ -96,29 +100,43 @@ class RowTokens {
     for (size_t b = 2; b < starts_.size(); b++) starts_[b] += starts_[b - 1];
     for (int64_t i = 0; i < t_.k; i++) {
       if (ids[i] < 0) continue;
-      tokens_[size_t(ends[ids[i] / kBlock]++)] = {ids[i], int(i)};
+      tokens_[size_t(ends[ids[i] / kBlock]++)] = {(int64_t(ids[i]) << Token::place_bits) + i};
     }
+    size_ = starts_[starts_.size() - 2];
     return true;
   }
 
-  void sort_and_drop_repeated() {
-    const size_t blocks = starts_.size() - 2;
-    size_ = 0;
-    for (size_t b = 0; b < blocks; b++) {
-      const auto begin = tokens_.begin() + starts_[b], end = tokens_.begin() + starts_[b + 1];
-      if (end - begin > 1) std::sort(begin, end);
-      starts_[b] = size_;
-      for (auto token = begin; token != end; token++)
-        if (token == begin || token->column != (token - 1)->column) tokens_[size_t(size_++)] = *token;
+  void sort() {
+    if (size_ > kFew * int(starts_.size())) return std::sort(tokens_.begin(), tokens_.begin() + size_);
+    for (int i = 1; i < size_; i++) {
+      const Token token = tokens_[size_t(i)];
+      int at = i;
+      for (; at > 0 && token < tokens_[size_t(at - 1)]; at--) tokens_[size_t(at)] = tokens_[size_t(at - 1)];
+      tokens_[size_t(at)] = token;
     }
-    starts_[blocks] = size_;
+  }
+
+  void drop_repeated() {
+    const int before = size_;
+    int64_t last = -1;
+    size_ = 0;
+    for (int i = 0; i < before; i++) {
+      const Token token = tokens_[size_t(i)];
+      tokens_[size_t(size_)] = token;
+      size_ += token.column() != last;
+      last = token.column();
+    }
+    if (size_ == before) return;
+    std::fill(starts_.begin(), starts_.end(), 0);
+    for (int i = 0; i < size_; i++) starts_[size_t(column(i) / kBlock + 1)]++;
+    for (size_t b = 1; b < starts_.size(); b++) starts_[b] += starts_[b - 1];
   }
 
   void find_best() {
     best_ = -1;
     for (int i = 0; i < size_; i++) {
       const double mine = logprobs_[size_t(i)], most = largest();
-      const bool earlier = best_ < 0 || tokens_[size_t(i)].place < tokens_[size_t(best_)].place;
+      const bool earlier = best_ < 0 || tokens_[size_t(i)].place() < tokens_[size_t(best_)].place();
       if (best_ < 0 || mine > most || (mine == most && earlier)) best_ = i;
     }
   }
