@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TypedDict
 
 import torch
@@ -376,6 +376,14 @@ def check_rows(
     )
 
 
+# Named one by one: torch 2.11's compiler cannot trace vars() of a dataclass that holds a tuple.
+_ROW_ARGUMENTS = tuple(field.name for field in fields(RowArguments))
+
+
+def with_logits(rows: RowArguments, student: Tensor, teacher: Tensor) -> Arguments:
+    return Arguments(**{name: getattr(rows, name) for name in _ROW_ARGUMENTS}, student=student, teacher=teacher)
+
+
 def check(
     student_logits: Tensor, teacher: Tensor | TopKTeacher, labels: Tensor | None, **options: Unpack[LossOptions]
 ) -> Arguments:
@@ -387,7 +395,7 @@ def check(
         sparse = check_sparse(teacher, rows)
         rest = check_rows(rows, labels, sparse=sparse, **options)
         warn_if_teacher_requires_grad(teacher.logprobs)
-        return Arguments(**vars(rest), student=student_logits, teacher=sparse.logprobs)
+        return with_logits(rest, student_logits, sparse.logprobs)
     check_logits("teacher", teacher)
     if student_logits.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
@@ -399,4 +407,4 @@ def check(
     rows = Rows(student_logits.shape[:-1], student_logits.device, student_logits.dtype, widths)
     rest = check_rows(rows, labels, **options)
     warn_if_teacher_requires_grad(teacher)
-    return Arguments(**vars(rest), student=student_logits, teacher=teacher.detach())
+    return with_logits(rest, student_logits, teacher.detach())

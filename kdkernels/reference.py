@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from kdkernels._arguments import Arguments, LossOptions, Transform, check
+from kdkernels._arguments import Arguments, LossOptions, Transform, check, with_logits
 from kdkernels._ids import first_occurrences, out_of_range
 from kdkernels._linear_arguments import check_linear
 from kdkernels.divergences import (
@@ -500,7 +500,7 @@ def linear_distillation_loss(
     dtype = torch.float64 if double else torch.float32
     student = _linear(a.hidden, a.weight, a.bias, dtype)
     of_teacher = a.teacher if a.teacher_weight is None else _linear(a.teacher, a.teacher_weight, a.teacher_bias, dtype)
-    loss, stats = loss_from(Arguments(**vars(a.rows), student=student, teacher=of_teacher))
+    loss, stats = loss_from(with_logits(a.rows, student, of_teacher))
     out = torch.float64 if a.hidden.dtype == torch.float64 else torch.float32
     loss = loss.to(out)
     if not return_stats:

@@ -88,8 +88,11 @@ def _whole_chunks(columns, begin, end):
 
 
 @triton.jit
-def read(row, columns, begin, end, EDGE: tl.constexpr, P: tl.constexpr):
-    """A row's logits as fp32. In an EDGE block, columns outside [begin, end) are not read and come out as 0."""
+def read(row, columns, begin, end, EDGE: tl.constexpr, P: tl.constexpr, EVICT: tl.constexpr = ""):
+    """A row's logits as fp32. In an EDGE block, columns outside [begin, end) are not read and come out as 0.
+
+    EVICT: the eviction policy of blocks inside the row.
+    """
     if EDGE:
         valid = (columns >= begin) & (columns < end)
         if P.ALIGNMENT == "shifted":
@@ -101,7 +104,7 @@ def read(row, columns, begin, end, EDGE: tl.constexpr, P: tl.constexpr):
         else:
             x = tl.load(row + columns, mask=valid, other=0.0)
     else:
-        x = tl.load(row + columns)
+        x = tl.load(row + columns, eviction_policy=EVICT)
     return x.to(tl.float32)
 
 
@@ -163,10 +166,10 @@ def logits(rows, columns, EDGE: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def student_logits(rows, columns, EDGE: tl.constexpr, P: tl.constexpr):
+def student_logits(rows, columns, EDGE: tl.constexpr, P: tl.constexpr, EVICT: tl.constexpr):
     """The student's logits alone, and the derivative of their transform (see :func:`logits`)."""
     student, begin, end = rows[0], rows[2], rows[3]
-    x = read(student, columns, begin, end, EDGE, P)
+    x = read(student, columns, begin, end, EDGE, P, EVICT)
     x, derivative = transform(x, rows[4], rows[5], tl.constexpr(P.STUDENT_TRANSFORM))
     if EDGE:
         x = tl.where((columns >= begin) & (columns < end), x, float("-inf"))

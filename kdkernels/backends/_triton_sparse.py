@@ -128,7 +128,7 @@ def _inside(x, y, log2_scale, inv_temperature, a, P: tl.constexpr):
 def _statistics_block(rows, columns, start, marks, sums, refs, log2_scale, EDGE: tl.constexpr, P: tl.constexpr):
     total, hard_sum, top = sums
     ref, hard_ref = refs
-    x, _ = student_logits(rows, columns, EDGE, P)
+    x, _ = student_logits(rows, columns, EDGE, P, "evict_last")  # to be read again
     if P.OWN_HARD_SUM:
         hard_sum += fold(exp2((x - hard_ref) * LOG2E), P)
     x = tl.where(_marked(columns, start, marks, P), float("-inf"), x)
@@ -152,7 +152,7 @@ def _statistics(rows, marks, refs, log2_scale, P: tl.constexpr):
 
 @triton.jit
 def _gradient_block(rows, columns, gradient, ref, log2_scale, by_student, ce, EDGE: tl.constexpr, P: tl.constexpr):
-    x, derivative = student_logits(rows, columns, EDGE, P)
+    x, derivative = student_logits(rows, columns, EDGE, P, "evict_first")
     g = by_student * exp2((x - ref) * log2_scale)
     finish(g, x, derivative, columns, rows, gradient, ce, EDGE, P)
 
