@@ -38,7 +38,7 @@ SCALE_PROGRAMS = 512  # about four a multiprocessor
 # A sparse teacher's kernel: threads of a program at most, and blocks that its sweeps load at once. Beside its sweeps a
 # program does the same work in every thread, so that fewer threads do less. Chosen from instruction counts.
 SPARSE_THREADS = 512
-SPARSE_UNROLL = 2
+SPARSE_UNROLL = 1
 
 
 def _interpreted() -> bool:
