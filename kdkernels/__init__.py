@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 from kdkernels import backends, reference
+from kdkernels.cache import TopKCache, TopKCacheWriter
 from kdkernels.divergences import (
     CAKD,
     DKD,
@@ -52,6 +53,8 @@ __all__ = [
     "StrongSet",
     "SymmetricKL",
     "TopK",
+    "TopKCache",
+    "TopKCacheWriter",
     "TopKTeacher",
     "TopP",
     "TotalVariation",

@@ -124,7 +124,7 @@ def _check_rows(name: str, value: Tensor, rows: Rows, dtypes: str) -> None:
         raise TypeError(f"{name} must be {dtypes}, got {value.dtype}")
 
 
-def _check_number(name: str, value: object) -> None:
+def check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not -math.inf < value < math.inf:  # not math.isfinite, which torch.compile cannot trace
@@ -132,9 +132,9 @@ def _check_number(name: str, value: object) -> None:
 
 
 def _check_transform(side: str, logit_scale: float, softcap: float | None) -> Transform:
-    _check_number(f"{side}_logit_scale", logit_scale)
+    check_number(f"{side}_logit_scale", logit_scale)
     if softcap is not None:
-        _check_number(f"{side}_softcap", softcap)
+        check_number(f"{side}_softcap", softcap)
         if softcap <= 0:
             raise ValueError(f"{side}_softcap must be positive, got {softcap}")
     return Transform(logit_scale, softcap)
@@ -167,7 +167,7 @@ def _check_temperature(temperature: float | Tensor, rows: Rows) -> None:
         if temperature.requires_grad:
             raise ValueError("temperature requires grad, but no gradient is formed for it; detach it")
         return
-    _check_number("temperature", temperature)
+    check_number("temperature", temperature)
     if temperature <= 0:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
 
@@ -211,7 +211,7 @@ def _check_normalizer(normalizer: float | Tensor, reduction: str, rows: Rows) ->
         if normalizer.device != rows.device and normalizer.device.type != "cpu":
             raise ValueError(f"normalizer is on {normalizer.device}, {rows.name} on {rows.device}; move one")
         return
-    _check_number("normalizer", normalizer)
+    check_number("normalizer", normalizer)
     if normalizer < 0:
         raise ValueError(f"normalizer must not be negative, got {normalizer}")
 
@@ -275,7 +275,7 @@ def check_sparse(teacher: TopKTeacher, rows: Rows) -> TopKTeacher:
     check_same_device("teacher.logprobs", logprobs, "teacher.ids", ids.device)
     if tail not in TAILS:
         raise ValueError(f"teacher.tail must be one of {', '.join(TAILS)}, got {tail!r}")
-    _check_number("teacher.teacher_temperature", temperature)
+    check_number("teacher.teacher_temperature", temperature)
     if temperature <= 0:
         raise ValueError(f"teacher.teacher_temperature must be positive, got {temperature}")
     return TopKTeacher(ids, logprobs.detach(), tail, temperature)
@@ -333,8 +333,8 @@ def check_rows(
     vocab = _check_vocab_size(vocab_size, rows)
     resolved = resolve(divergence)
     _check_temperature(temperature, rows)
-    _check_number("kd_weight", kd_weight)
-    _check_number("ce_weight", ce_weight)
+    check_number("kd_weight", kd_weight)
+    check_number("ce_weight", ce_weight)
     if ce_weight < 0:
         raise ValueError(f"ce_weight must not be negative, got {ce_weight}")
     if ce_weight > 0 and labels is None:
