@@ -61,8 +61,9 @@ def cpu_steps() -> list[Step]:
 
 
 def cuda_steps() -> list[Step]:
-    steps = [("csrc/cuda/rows.cu", "cuda_rows.o", "")]
+    steps = [("csrc/cuda/rows.cu", "cuda_rows.o", ""), ("csrc/cuda/sparse_ids.cu", "cuda_sparse_ids.o", "")]
     for cuda_type, name in CUDA_TYPES.items():
+        steps.append(("csrc/cuda/sparse_kernel.cu", f"cuda_{name}_sparse.o", f"-DKD_TYPE={cuda_type}"))
         for divergence in DIVERGENCES:
             flags = f"-DKD_TYPE={cuda_type} -DKD_DIVERGENCE={divergence}"
             steps.append(("csrc/cuda/kernel.cu", f"cuda_{name}_{divergence}.o", flags))

@@ -33,7 +33,7 @@ class AdaptiveTotals : public Totals<T, AdaptiveKL> {
  public:
   __device__ AdaptiveTotals(const ClusterProblem& problem, const Ring<T>& ring, ExchangeMemory* memory, int blocks, int rank,
                             int warps, int lane, SplitMemory<T>* split, uint32_t* counts)
-      : Base(problem, ring, memory, blocks, rank, warps, lane), select_(problem, &split->select, counts, blocks, rank, lane) {}
+      : Base(problem, ring.headers, memory, blocks, rank, warps, lane), select_(problem, &split->select, counts, blocks, rank, lane) {}
 
   __device__ void serve(bool second) {
     if (second) return;

@@ -49,7 +49,7 @@ class DecoupledTotals : public Totals<T, ForwardKL> {
  public:
   __device__ DecoupledTotals(const ClusterProblem& problem, const Ring<T>& ring, ExchangeMemory* memory, int blocks, int rank,
                              int warps, int lane, SplitMemory<T>* split, uint32_t* counts)
-      : Base(problem, ring, memory, blocks, rank, warps, lane), split_(split),
+      : Base(problem, ring.headers, memory, blocks, rank, warps, lane), split_(split),
         select_(problem, &split->select, counts, blocks, rank, lane) {
 #pragma unroll
     for (int i = 0; i < 3; i++)

@@ -39,7 +39,6 @@ __device__ __forceinline__ GradientRow<T> gradient_row(const RowProblem& p, int6
   }
 }
 
-// Columns between the boundary of a group and the row.
 __device__ __forceinline__ int phase_of(const AnyGradientRow& row) {
   return int(reinterpret_cast<uintptr_t>(row.begin) / uintptr_t(row.bytes())) & (kGroup<float> - 1);
 }
@@ -70,6 +69,26 @@ __device__ __forceinline__ void store_one(const AnyGradientRow& row, int column,
     reinterpret_cast<__nv_bfloat16*>(row.begin)[column] = narrow<__nv_bfloat16>(g);
   else
     reinterpret_cast<__half*>(row.begin)[column] = narrow<__half>(g);
+}
+
+// Columns [begin, end) of a row, by threads that start at their own group and go on by `step` columns.
+template <class T>
+__device__ __forceinline__ void fill_row(GradientRow<T> row, int begin, int end, float with, int first, int step) {
+  if (begin >= end) return;
+  constexpr int G = kGroup<T>;
+  const int phase = phase_of(row + begin), n = end - begin + phase;
+  const GradientRow<T> base = row + begin - phase;
+  float g[G];
+#pragma unroll
+  for (int i = 0; i < G; i++) g[i] = with;
+  for (int at = first; at < n; at += step) {
+    if (at >= phase && at + G <= n) {
+      store(base, at, g);
+    } else {
+      for (int i = 0; i < G; i++)
+        if (at + i >= phase && at + i < n) store_one(base, at + i, with);
+    }
+  }
 }
 
 }  // namespace kdkernels::cuda

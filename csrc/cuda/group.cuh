@@ -10,6 +10,12 @@ namespace kdkernels::cuda {
 template <class T>
 constexpr int kGroup = 16 / sizeof(T);
 
+// Columns between the boundary of a group and the row.
+template <class T>
+__device__ __forceinline__ int phase_of(const T* row) {
+  return int(reinterpret_cast<uintptr_t>(row) / sizeof(T)) & (kGroup<T> - 1);
+}
+
 __device__ __forceinline__ void widen(uint4 v, float (&x)[4], float) {
   x[0] = __uint_as_float(v.x), x[1] = __uint_as_float(v.y), x[2] = __uint_as_float(v.z), x[3] = __uint_as_float(v.w);
 }

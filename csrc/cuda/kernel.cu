@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kMaxConsumers + 64, 1) row_cluster(const __gri
     if (lane == 0) ring.template produce<false>(problem, first_row, row_step, rank * problem.share);
     __syncwarp();
   } else {
-    Totals<T, Divergence>(problem, ring, &exchange_memory, blocks, rank, warps, lane).serve();
+    Totals<T, Divergence>(problem, headers, &exchange_memory, blocks, rank, warps, lane).serve();
   }
   cluster_sync();  // no block leaves while another may still store into it
 }

@@ -1,5 +1,5 @@
-// A ring of shared-memory slots, each a piece of both models' rows, filled by one producer thread with bulk asynchronous
-// copies and emptied by the consumer warps. The producer runs ahead into the next row while consumers work on this one.
+// A ring of shared-memory slots, each a piece of both models' rows (or, of a sparse teacher, of the student's alone), filled
+// by one producer thread with bulk asynchronous copies and emptied by the consumer warps. The producer runs ahead into the next row while consumers work on this one.
 //
 // A row is seen from the 16-byte boundary at or before its first column: `phase` columns lie before it, and a block's
 // share is counted from there, so that rows of any width are copied and stored 16 bytes at a time.
@@ -7,6 +7,7 @@
 #include "../rows.h"
 #include "gradient.cuh"
 #include "ptx.cuh"
+#include "sparse.h"
 
 namespace kdkernels::cuda {
 
@@ -23,6 +24,7 @@ struct ClusterProblem {
   bool with_ce, reads_labels, scale_by_temperature, scale_gradient;
   int ahead;  // rows that the ring holds beside the one at hand
   bool short_forms;  // those of far.h will do: the gradient is rounded to 16 bits
+  SparseWorkspace sparse;
 };
 
 // Row numbers fit 32 bits here, and dividing by 32-bit numbers is what a GPU can afford.
@@ -43,11 +45,6 @@ __device__ __forceinline__ const T* row_begin(const Logits& logits, uint32_t row
   return static_cast<const T*>(logits.data) + row_offset(logits.rows, row);
 }
 
-template <class T>
-__device__ __forceinline__ int phase_of(const T* row) {
-  return int(reinterpret_cast<uintptr_t>(row) / sizeof(T)) & (kGroup<T> - 1);
-}
-
 // A row's own numbers, with the first of its slots. A row takes at least one, also where it is skipped.
 struct RowHeader {
   float scale, temperature, log2e_over_temperature;
@@ -63,15 +60,15 @@ __device__ __forceinline__ uint32_t kept(uint32_t x) {
   return x;
 }
 
-template <class T>
+template <class T, int Models = 2>
 struct Ring {
-  uint32_t slots;        // (count, 2, slot_columns) of T: student, teacher; then, of a mask, (count, slot_columns) bytes
+  uint32_t slots;        // (count, Models, slot_columns) of T: student, teacher; then, of a mask, (count, slot_columns) bytes
   RowHeader* headers;    // one a slot
   uint32_t full, empty;  // barriers, one a slot
   int slot_columns, count;
 
   __device__ uint32_t half_bytes() const { return slot_columns * uint32_t(sizeof(T)); }
-  __device__ uint32_t student(int slot) const { return slots + slot * 2 * half_bytes(); }
+  __device__ uint32_t student(int slot) const { return slots + slot * Models * half_bytes(); }
   __device__ uint32_t teacher(int slot) const { return student(slot) + half_bytes(); }
   __device__ uint32_t mask(int slot) const { return student(count) + slot * slot_columns; }
   __device__ uint32_t full_barrier(int slot) const { return full + slot * 8; }
@@ -120,7 +117,7 @@ struct Ring {
       next = header(problem, row + row_step, begin);  // on its way while this row is copied
       const int end = begin + h.columns;
       const T* student_row = row_begin<T>(p.student, row) - h.phase;
-      const T* teacher_row = row_begin<T>(p.teacher, row) - h.phase;
+      const T* teacher_row = Models == 2 ? row_begin<T>(p.teacher, row) - h.phase : nullptr;
       const uint8_t* mask_row = Masked ? p.strong.mask + row_offset(p.strong.mask_rows, row) : nullptr;
       int at = begin;
       do {
@@ -128,11 +125,11 @@ struct Ring {
         const T *from_student = student_row + at, *from_teacher = teacher_row + at;
         const uint32_t bytes = n * uint32_t(sizeof(T));
         const uint32_t student_bytes = n ? bulk_bytes(from_student, n, problem.student_end) : 0;
-        const uint32_t teacher_bytes = n ? bulk_bytes(from_teacher, n, problem.teacher_end) : 0;
+        const uint32_t teacher_bytes = n && Models == 2 ? bulk_bytes(from_teacher, n, problem.teacher_end) : 0;
         barrier_wait(empty_barrier(slot), parity);
         if (at == begin) headers[slot] = h;
         if (student_bytes < bytes) copy_rest(student(slot), from_student, student_bytes, problem.student_end);
-        if (teacher_bytes < bytes) copy_rest(teacher(slot), from_teacher, teacher_bytes, problem.teacher_end);
+        if (Models == 2 && teacher_bytes < bytes) copy_rest(teacher(slot), from_teacher, teacher_bytes, problem.teacher_end);
         const uint32_t mask_bytes = Masked ? (n + 15) / 16 * 16 : 0;  // a masked row has no phase: why_not_rows
         barrier_arrive_expecting(full_barrier(slot), student_bytes + teacher_bytes + mask_bytes);
         if (mask_bytes) bulk_load(mask(slot), mask_row + at, mask_bytes, full_barrier(slot));

@@ -8,18 +8,16 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "check.h"
 #include "exchange.cuh"
 #include "kernel.h"
 #include "ring.cuh"
 #include "split.cuh"
+#include "sparse.cuh"
 #include "split_kernel.h"
 
 namespace kdkernels::cuda {
 namespace {
-
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
 
 struct Device {
   int number = 0, major = 0, multiprocessors = 0, shared_per_block = 0, shared_per_sm = 0, reserved = 0;
@@ -81,7 +79,16 @@ const void* split_kernel_of(const RowProblem& p) {
   return split_kernel<T, SplitSweepId::decoupled_top_p>();
 }
 
+bool sparse(const RowProblem& p) { return p.sparse.tail != Tail::none; }
+
 const void* kernel_of(const RowProblem& p) {
+  if (sparse(p)) {
+    switch (p.student.dtype) {
+      case DType::bfloat16: return sparse_kernel<__nv_bfloat16>();
+      case DType::float16: return sparse_kernel<__half>();
+      default: return sparse_kernel<float>();
+    }
+  }
   if (!splits(p)) return kernel_of(p.student.dtype, p.divergence);
   switch (p.student.dtype) {
     case DType::bfloat16: return split_kernel_of<__nv_bfloat16>(p);
@@ -91,7 +98,7 @@ const void* kernel_of(const RowProblem& p) {
 }
 
 // Threads of a block beside the consumers.
-int helpers(const RowProblem& p) { return splits(p) ? kSplitHelpers : 64; }
+int helpers(const RowProblem& p) { return sparse(p) ? kSparseHelpers : splits(p) ? kSplitHelpers : 64; }
 
 int group(const RowProblem& p) { return int(16 / bytes_per_element(p.student.dtype)); }
 
@@ -103,10 +110,12 @@ int64_t share(const RowProblem& p, int cluster) {
 
 constexpr int kStaticShared = sizeof(ExchangeMemory) + (2 * sizeof(uint64_t) + sizeof(RowHeader)) * kMaxSlots + 256;  // with room for alignment
 
-int static_shared(const RowProblem& p) { return kStaticShared + (splits(p) ? int(sizeof(SplitMemory<float>)) : 0); }
+int static_shared(const RowProblem& p) {
+  return kStaticShared + (splits(p) ? int(sizeof(SplitMemory<float>)) : sparse(p) ? int(sizeof(SparseMemory)) : 0);
+}
 
 int64_t slot_bytes(const RowProblem& p, const Plan& plan) {
-  return plan.slot_columns * (2 * bytes_per_element(p.student.dtype) + (p.strong.mask ? 1 : 0));
+  return plan.slot_columns * ((sparse(p) ? 1 : 2) * bytes_per_element(p.student.dtype) + (p.strong.mask ? 1 : 0));
 }
 
 int slots(const Device& d, const RowProblem& p, const Plan& plan) {
@@ -165,17 +174,18 @@ std::string why_not(int device) {
 }
 
 std::string why_not_rows(const RowProblem& p) {
-  if (p.student.dtype != p.teacher.dtype) return "student and teacher logits differ in dtype";
-  if (p.student.dtype == DType::float64) return "float64 logits";
+  if (!sparse(p) && p.student.dtype != p.teacher.dtype) return "student and teacher logits differ in dtype";
+  if (p.student.dtype == DType::float64 || p.sparse.logprobs_dtype == DType::float64) return "float64 logits";
   const bool narrows = p.student.dtype == DType::float32 && bytes_per_element(p.gradient_dtype) == 2;
   if (has_gradient(p) && p.gradient_dtype != p.student.dtype && !narrows)
     return "a gradient that has not the student logits' dtype, nor 16 bits where they are float32";
   if (!p.student.transform.identity() || !p.teacher.transform.identity()) return "logit scales and softcaps";
   if (p.rows >= int64_t(1) << 31 || p.student.width >= int64_t(1) << 30) return "2^31 rows or 2^30 columns and more";
+  if (sparse(p) && !p.sparse.whole) return "";
   const int64_t bytes = bytes_per_element(p.student.dtype);
   const int64_t of_gradient = bytes_per_element(p.gradient_dtype), g = group(p);
   const Alignment student = alignment(p.student.data, p.student.rows, bytes, g);
-  if (!alike(student, alignment(p.teacher.data, p.teacher.rows, bytes, g)) ||
+  if ((!sparse(p) && !alike(student, alignment(p.teacher.data, p.teacher.rows, bytes, g))) ||
       (has_gradient(p) && !alike(student, alignment(p.gradient, p.gradient_rows, of_gradient, g))))
     return "rows of student, teacher and gradient lie differently within 16 bytes";
   if (p.strong.mask) {
@@ -204,6 +214,29 @@ bool lay_out(const Device& d, const RowProblem& p, Plan& plan, int rows, bool ti
   return tight && (fits_in(2, 0) || fits_in(1, 0) || fits_in(4, 0));
 }
 
+// Of a sparse teacher: two rows at a time, in slots that are filled and emptied sooner than whole shares.
+bool lay_out_sparse(const Device& d, const RowProblem& p, Plan& plan) {
+  const int least = plan.consumers * group(p), most = std::max(least, 16384 / int(bytes_per_element(p.student.dtype)));
+  plan.slot_columns = int(std::clamp<int64_t>(share(p, plan.cluster), least, most));
+  return slots(d, p, plan) > (1 + plan.ahead) * chunks(p, plan);
+}
+
+Plan sparse_plan(const Device& d, const RowProblem& p, Plan plan) {
+  for (plan.ahead = 1; plan.ahead >= 0; plan.ahead--)
+    for (plan.cluster = 1; plan.cluster <= 16; plan.cluster *= 2) {
+      if (!lay_out_sparse(d, p, plan)) continue;
+      // A larger cluster where rows are too few to fill the chip.
+      for (Plan wider = plan; wider.cluster < 16 && p.rows * wider.cluster * 2 <= d.multiprocessors && share(p, wider.cluster * 2) >= 2048;) {
+        wider.cluster *= 2;
+        if (!lay_out_sparse(d, p, wider)) break;
+        plan = wider;
+      }
+      return plan;
+    }
+  plan.cluster = 0;
+  return plan;
+}
+
 }  // namespace
 
 // Measured on an H100, bf16, fraction of the memory limit (docs/performance.md):
@@ -228,6 +261,7 @@ Plan plan(const RowProblem& p) {
   while (p.vocab_size * (narrow ? 1 : 2) > few->up_to) few++;
   const int consumers = splits(p) ? std::min(few->consumers, kMaxSplitConsumers) : few->consumers;
   Plan one{0, consumers, 0, few->blocks_per_sm, 0}, two = one;
+  if (sparse(p)) return sparse_plan(d, p, one);
   two.ahead = 1;
   for (const bool tight : {false, true})
     for (int cluster = 1; cluster <= 16 && one.cluster == 0; cluster *= 2) {
@@ -259,7 +293,9 @@ Plan plan(const RowProblem& p) {
   return plan;
 }
 
-void row_loss(const RowProblem& p, const Plan& plan, void* stream) {
+namespace {
+
+void sweep(const RowProblem& p, const Plan& plan, const SparseWorkspace& workspace, void* stream) {
   if (p.rows == 0) return;
   const Device d = current_device();
   const bool possible = plan.ahead >= 0 && plan.ahead <= 1 && plan.cluster >= 1 && plan.cluster <= 16 && plan.consumers >= 32 &&
@@ -271,7 +307,8 @@ void row_loss(const RowProblem& p, const Plan& plan, void* stream) {
                          slots(d, p, plan), float(p.kd_weight), float(p.ce_weight), float(p.temperature),
                          {float(p.parameters[0]), float(p.parameters[1]), float(p.parameters[2]), float(p.parameters[3])},
                          float(p.strong.amount), p.with_ce(), p.reads_labels(), p.scale_by_temperature,
-                         p.scale_gradient, plan.ahead, has_gradient(p) && bytes_per_element(p.gradient_dtype) == 2};
+                         p.scale_gradient, plan.ahead, has_gradient(p) && bytes_per_element(p.gradient_dtype) == 2,
+                         workspace};
   const void* kernel = kernel_of(p);
 
   cudaLaunchAttribute cluster{};
@@ -305,6 +342,23 @@ void row_loss(const RowProblem& p, const Plan& plan, void* stream) {
   config.gridDim = dim3(unsigned(plan.cluster * std::min<int64_t>(resident, p.rows)));
   void* arguments[] = {&problem};
   check(cudaLaunchKernelExC(&config, kernel, arguments), "kdkernels: launching the row sweep");
+}
+
+}  // namespace
+
+void row_loss(const RowProblem& p, const Plan& plan, void* stream) { sweep(p, plan, {}, stream); }
+
+int64_t sparse_bytes(const RowProblem& p) { return sparse_workspace_bytes(p.rows, p.sparse.k); }
+
+void sparse_row_loss(const RowProblem& p, const Plan& plan, void* memory, void* stream) {
+  if (p.rows == 0) return;
+  const SparseWorkspace workspace = sparse_workspace(memory, p.rows, p.sparse.k);
+  const auto s = static_cast<cudaStream_t>(stream);
+  sparse_prepare(p, workspace, s);
+  if (p.sparse.whole)
+    sweep(p, plan, workspace, stream);
+  else if (has_gradient(p))
+    write_gaps(p, workspace, s);
 }
 
 namespace {

@@ -28,6 +28,10 @@ Plan plan(const RowProblem& problem);
 
 void row_loss(const RowProblem& problem, const Plan& plan, void* stream);
 
+// The same of a sparse teacher, with memory of so many bytes, at a multiple of 16, to work in.
+int64_t sparse_bytes(const RowProblem& problem);
+void sparse_row_loss(const RowProblem& problem, const Plan& plan, void* memory, void* stream);
+
 // Multiplies row i of a (rows, width) matrix by factors[i·factor_stride] (floats); rows whose factor is 1 are copied, or
 // left alone where out is in.
 void scale_rows(const void* in, void* out, DType dtype, const RowLayout& layout, int64_t rows, int64_t width,

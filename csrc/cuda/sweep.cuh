@@ -181,20 +181,7 @@ class RowSweep {
 
   // Columns [begin, end) of a gradient row, by the whole cluster.
   __device__ void fill(GradientRow<T> row, int begin, int end, float with) const {
-    if (begin >= end) return;
-    const int phase = phase_of(row + begin), n = end - begin + phase;
-    const GradientRow<T> base = row + begin - phase;
-    float g[G];
-#pragma unroll
-    for (int i = 0; i < G; i++) g[i] = with;
-    for (int at = rank_ * int(step_) + int(mine_); at < n; at += blocks_ * int(step_)) {
-      if (at >= phase && at + G <= n) {
-        store(base, at, g);
-      } else {
-        for (int i = 0; i < G; i++)
-          if (at + i >= phase && at + i < n) store_one(base, at + i, with);
-      }
-    }
+    fill_row<T>(row, begin, end, with, rank_ * int(step_) + int(mine_), blocks_ * int(step_));
   }
 
   // ---- What few rows take is a function of its own, on a copy: in the others it costs no registers.

@@ -82,8 +82,8 @@ class Totals {
  public:
   static constexpr bool kFar = FarD::exists;
 
-  __device__ Totals(const ClusterProblem& problem, const Ring<T>& ring, ExchangeMemory* memory, int blocks, int rank, int warps, int lane)
-      : problem_(problem), p_(problem.rows), headers_(ring.headers), memory_(memory), far_(problem.parameters), blocks_(blocks), rank_(rank),
+  __device__ Totals(const ClusterProblem& problem, const RowHeader* headers, ExchangeMemory* memory, int blocks, int rank, int warps, int lane)
+      : problem_(problem), p_(problem.rows), headers_(headers), memory_(memory), far_(problem.parameters), blocks_(blocks), rank_(rank),
         warps_(warps), lane_(lane) {}
 
   __device__ void serve() {
