@@ -80,9 +80,27 @@ struct StrongSet {
   RowLayout mask_rows;            // strides may be 0
 };
 
+// What becomes of the probability that a sparse teacher does not tell; kdkernels/teachers.py defines each.
+enum class Tail : int32_t { none = 0, bucket = 1, renormalize = 2, teacher = 3, drop = 4 };
+
+// A teacher by the log-probabilities of k tokens a row. An id < 0 names no token; of one that comes again in its row,
+// the first counts; a row with an id >= vocab_size is NaN.
+struct SparseTeacher {
+  Tail tail = Tail::none;  // none: the teacher is one of logits
+  bool whole = true;       // false: of the vocabulary only the ids matter (renormalize, without cross-entropy)
+  const void* ids = nullptr;  // (rows, k)
+  bool ids_are_64_bit = false;
+  const void* logprobs = nullptr;  // (rows, k)
+  DType logprobs_dtype = DType::float32;
+  int64_t k = 0;
+  int64_t ids_stride = 0, logprobs_stride = 0;  // elements from row to row
+  double scale = 1;                             // the temperature of the log-probabilities: times it, they are logits
+};
+
 // row = kd_weight·T²·D(p, q) + ce_weight·CE(label), times row_scale.
 struct RowProblem {
   Logits student, teacher;
+  SparseTeacher sparse;          // in the place of teacher, which then is empty
   int64_t rows = 0;
   int64_t vocab_size = 0;
   int32_t divergence = 0;        // a DivergenceId
@@ -102,7 +120,8 @@ struct RowProblem {
   const void* weights = nullptr;       // (3), replaces decoupled's bcd, scd, wcd; may be null
   void* loss = nullptr;                // (rows)
   // (4, rows): student lse, teacher lse, divergence, cross-entropy; decoupled (9, rows): also BCD, SCD, WCD, the
-  // teacher's and the student's mass of S.
+  // teacher's and the student's mass of S; sparse (7, rows): also those masses of the ids, and whether (1 or 0) the
+  // student's largest logit is at the teacher's most likely id. Not whole: NaN where the other tokens are needed.
   void* stats = nullptr;
   void* gradient = nullptr;  // null: none wanted. May be the student's own memory, if it has the student's dtype
   RowLayout gradient_rows;

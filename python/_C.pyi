@@ -21,22 +21,39 @@ class Logits:
         softcap: float,
     ) -> None: ...
 
+class SparseTeacher:
+    def __init__(
+        self,
+        *,
+        tail: int,
+        whole: bool,
+        ids: int,
+        ids_are_64_bit: bool,
+        logprobs: int,
+        logprobs_dtype: int,
+        k: int,
+        ids_stride: int,
+        logprobs_stride: int,
+        scale: float,
+    ) -> None: ...
+
 class RowProblem:
     def __init__(
         self,
         *,
         student: Logits,
-        teacher: Logits,
+        teacher: Logits = ...,
+        sparse: SparseTeacher = ...,
         rows: int,
         vocab_size: int,
         divergence: int,
         parameters: Sequence[float],
-        weights: int,
-        strong: int,
-        strong_amount: float,
-        mask: int,
-        mask_sizes: Sequence[int],
-        mask_strides: Sequence[int],
+        weights: int = ...,
+        strong: int = ...,
+        strong_amount: float = ...,
+        mask: int = ...,
+        mask_sizes: Sequence[int] = ...,
+        mask_strides: Sequence[int] = ...,
         kd_weight: float,
         ce_weight: float,
         scale_by_temperature: bool,

@@ -44,8 +44,26 @@ kd::Logits logits(std::uintptr_t data, int dtype, int64_t width, const std::vect
   return {pointer(data), dtype_from(dtype), width, layout(sizes, strides), {logit_scale, softcap}};
 }
 
-kd::RowProblem row_problem(const kd::Logits& student, const kd::Logits& teacher, int64_t rows, int64_t vocab_size,
-                           int divergence, const std::vector<double>& parameters, std::uintptr_t weights, int strong,
+kd::SparseTeacher sparse_teacher(int tail, bool whole, std::uintptr_t ids, bool ids_are_64_bit, std::uintptr_t logprobs,
+                                 int logprobs_dtype, int64_t k, int64_t ids_stride, int64_t logprobs_stride,
+                                 double scale) {
+  if (tail < 0 || tail > int(kd::Tail::drop)) throw std::invalid_argument("unknown tail " + std::to_string(tail));
+  kd::SparseTeacher t;
+  t.tail = static_cast<kd::Tail>(tail);
+  t.whole = whole;
+  t.ids = pointer(ids);
+  t.ids_are_64_bit = ids_are_64_bit;
+  t.logprobs = pointer(logprobs);
+  t.logprobs_dtype = dtype_from(logprobs_dtype);
+  t.k = k;
+  t.ids_stride = ids_stride;
+  t.logprobs_stride = logprobs_stride;
+  t.scale = scale;
+  return t;
+}
+
+kd::RowProblem row_problem(const kd::Logits& student, const kd::Logits& teacher, const kd::SparseTeacher& sparse,
+                           int64_t rows, int64_t vocab_size, int divergence, const std::vector<double>& parameters, std::uintptr_t weights, int strong,
                            double strong_amount, std::uintptr_t mask, const std::vector<int64_t>& mask_sizes,
                            const std::vector<int64_t>& mask_strides, double kd_weight, double ce_weight,
                            bool scale_by_temperature, double temperature, std::uintptr_t temperatures,
@@ -60,6 +78,7 @@ kd::RowProblem row_problem(const kd::Logits& student, const kd::Logits& teacher,
   kd::RowProblem p;
   p.student = student;
   p.teacher = teacher;
+  p.sparse = sparse;
   p.rows = rows;
   p.vocab_size = vocab_size;
   p.divergence = divergence;
@@ -123,10 +142,16 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&logits), py::kw_only(), py::arg("data"), py::arg("dtype"), py::arg("width"), py::arg("sizes"),
            py::arg("strides"), py::arg("logit_scale"), py::arg("softcap"));
   m.attr("max_row_dims") = py::int_(int(kd::RowLayout::max_dims));
+  py::class_<kd::SparseTeacher>(m, "SparseTeacher")
+      .def(py::init(&sparse_teacher), py::kw_only(), py::arg("tail"), py::arg("whole"), py::arg("ids"),
+           py::arg("ids_are_64_bit"), py::arg("logprobs"), py::arg("logprobs_dtype"), py::arg("k"),
+           py::arg("ids_stride"), py::arg("logprobs_stride"), py::arg("scale"));
   py::class_<kd::RowProblem>(m, "RowProblem")
-      .def(py::init(&row_problem), py::kw_only(), py::arg("student"), py::arg("teacher"), py::arg("rows"),
-           py::arg("vocab_size"), py::arg("divergence"), py::arg("parameters"), py::arg("weights"),
-           py::arg("strong"), py::arg("strong_amount"), py::arg("mask"), py::arg("mask_sizes"), py::arg("mask_strides"),
+      .def(py::init(&row_problem), py::kw_only(), py::arg("student"), py::arg("teacher") = kd::Logits(),
+           py::arg("sparse") = kd::SparseTeacher(), py::arg("rows"), py::arg("vocab_size"), py::arg("divergence"),
+           py::arg("parameters"), py::arg("weights") = 0, py::arg("strong") = 0, py::arg("strong_amount") = 0.0,
+           py::arg("mask") = 0, py::arg("mask_sizes") = std::vector<int64_t>(),
+           py::arg("mask_strides") = std::vector<int64_t>(),
            py::arg("kd_weight"), py::arg("ce_weight"), py::arg("scale_by_temperature"), py::arg("temperature"), py::arg("temperatures"),
            py::arg("labels"), py::arg("row_scale"), py::arg("scale_gradient"), py::arg("loss"), py::arg("stats"),
            py::arg("gradient"), py::arg("gradient_dtype"), py::arg("gradient_sizes"), py::arg("gradient_strides"));

@@ -39,6 +39,7 @@ DIVERGENCE_IDS = {
     "adaptive_kl": 9,
 }
 STRONG_SET_IDS = {"": 0, "label": 1, "top_k": 2, "top_p": 3, "given": 4}
+TAIL_IDS = {"": 0, "bucket": 1, "renormalize": 2, "teacher": 3, "drop": 4}
 
 
 @dataclass(frozen=True)
@@ -175,9 +176,9 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 
-def _logits(kernels: ModuleType, logits: Tensor, logit_scale: float, softcap: float) -> Any:
+def _logits(logits: Tensor, logit_scale: float, softcap: float) -> Any:
     sizes, strides = row_layout(logits)
-    return kernels.Logits(
+    return _built().Logits(
         data=logits.data_ptr(),
         dtype=DTYPE_CODES[logits.dtype],
         width=logits.shape[-1],
@@ -206,32 +207,98 @@ def row_loss(
     Returns:
         None; or, with nothing written, why these tensors cannot be served.
     """
-    kernels = _built()
-    reason = why_not_gradient(student, gradient)
-    if reason is not None:
-        return reason
-    if gradient is not None and gradient.dtype != student.dtype and not narrows(student.device):
-        return "on the CPU the gradient of float32 logits is float32"
-    given, student, teacher = student, _few_dims(student), _few_dims(teacher)
-    target = student if gradient is given else gradient
-    labels = None if labels is None else labels.contiguous()
-    row_scale = row_scale.contiguous()
-    temperatures = None if temperatures is None else temperatures.contiguous()
-    gradient_sizes, gradient_strides = ([], []) if target is None else row_layout(target)
+    teacher = _few_dims(teacher)
     mask, mask_sizes, mask_strides = _mask_layout(mask, student)
-    problem = kernels.RowProblem(
-        student=_logits(kernels, student, options.student_logit_scale, options.student_softcap),
-        teacher=_logits(kernels, teacher, options.teacher_logit_scale, options.teacher_softcap),
-        rows=row_scale.numel(),
-        vocab_size=options.vocab_size,
-        divergence=DIVERGENCE_IDS[options.divergence],
-        parameters=options.parameters,
+    return _sweep(
+        student,
+        labels,
+        row_scale,
+        temperatures,
+        options,
+        gradient,
+        loss,
+        stats,
+        teacher=_logits(teacher, options.teacher_logit_scale, options.teacher_softcap),
         weights=_address(weights),
         strong=STRONG_SET_IDS[options.strong],
         strong_amount=options.strong_amount,
         mask=_address(mask),
         mask_sizes=mask_sizes,
         mask_strides=mask_strides,
+    )
+
+
+def sparse_row_loss(
+    student: Tensor,  # (..., V_s)
+    logprobs: Tensor,  # (..., K)
+    labels: Tensor | None,  # (...) int64
+    row_scale: Tensor,  # (...) fp32 (fp64 for an fp64 student)
+    temperatures: Tensor | None,  # (...) as row_scale
+    weights: None,
+    ids: Tensor,  # (..., K) int32 or int64
+    options: RowOptions,
+    gradient: Tensor | None,  # (..., V_s), written; may be the student itself
+    loss: Tensor,  # (...) as row_scale, written
+    stats: Tensor,  # (7, ...) as row_scale, written
+) -> str | None:
+    """The same where the teacher is sparse. Without ``options.whole``, statistics of the whole vocabulary are NaN.
+
+    Returns:
+        As :func:`row_loss`.
+    """
+    return "the C++ kernels do not serve sparse teachers yet"
+    ids, logprobs = _as_matrix(ids), _as_matrix(logprobs)
+    teacher = _built().SparseTeacher(
+        tail=TAIL_IDS[options.tail],
+        whole=options.whole,
+        ids=ids.data_ptr(),
+        ids_are_64_bit=ids.dtype == torch.int64,
+        logprobs=logprobs.data_ptr(),
+        logprobs_dtype=DTYPE_CODES[logprobs.dtype],
+        k=ids.shape[1],
+        ids_stride=ids.stride(0),
+        logprobs_stride=logprobs.stride(0),
+        scale=options.teacher_logit_scale,
+    )
+    return _sweep(student, labels, row_scale, temperatures, options, gradient, loss, stats, sparse=teacher)
+
+
+def _as_matrix(values: Tensor) -> Tensor:  # (..., K) -> (N, K), contiguous in its last dimension
+    values = values.flatten(0, -2) if values.dim() > 1 else values.unsqueeze(0)
+    return values if values.stride(1) == 1 else values.contiguous()
+
+
+def _sweep(
+    student: Tensor,
+    labels: Tensor | None,
+    row_scale: Tensor,
+    temperatures: Tensor | None,
+    options: RowOptions,
+    gradient: Tensor | None,
+    loss: Tensor,
+    stats: Tensor,
+    **teacher: Any,
+) -> str | None:
+    """``teacher``: what a RowProblem is told of it."""
+    kernels = _built()
+    reason = why_not_gradient(student, gradient)
+    if reason is not None:
+        return reason
+    if gradient is not None and gradient.dtype != student.dtype and not narrows(student.device):
+        return "on the CPU the gradient of float32 logits is float32"
+    given, student = student, _few_dims(student)
+    target = student if gradient is given else gradient
+    labels = None if labels is None else labels.contiguous()
+    row_scale = row_scale.contiguous()
+    temperatures = None if temperatures is None else temperatures.contiguous()
+    gradient_sizes, gradient_strides = ([], []) if target is None else row_layout(target)
+    problem = kernels.RowProblem(
+        **teacher,
+        student=_logits(student, options.student_logit_scale, options.student_softcap),
+        rows=row_scale.numel(),
+        vocab_size=options.vocab_size,
+        divergence=DIVERGENCE_IDS[options.divergence],
+        parameters=options.parameters,
         kd_weight=options.kd_weight,
         ce_weight=options.ce_weight,
         scale_by_temperature=options.scale_by_temperature,
