@@ -246,7 +246,8 @@ def sparse_row_loss(
     Returns:
         As :func:`row_loss`.
     """
-    return "the C++ kernels do not serve sparse teachers yet"
+    if student.device.type == "cuda":
+        return "the CUDA kernels do not serve sparse teachers yet"
     ids, logprobs = _as_matrix(ids), _as_matrix(logprobs)
     teacher = _built().SparseTeacher(
         tail=TAIL_IDS[options.tail],
