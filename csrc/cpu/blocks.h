@@ -23,9 +23,21 @@ struct Statistics {
     const double mean = moment1 / teacher_sum;
     return moment2 / teacher_sum - mean * mean;
   }
+  // A model without mass stays -inf in all of its columns under any finite reference.
+  Statistics with_references() const {
+    Statistics st = *this;
+    if (!(st.student_sum > 0)) st.student_max = 0, st.student_sum = 1;
+    if (!(st.teacher_sum > 0)) st.teacher_max = 0, st.teacher_sum = 1;
+    return st;
+  }
 };
 
 inline double finite_or_zero(double x) { return std::isfinite(x) ? x : 0; }
+
+inline double log_add(double a, double b) {
+  const double larger = a > b ? a : b;
+  return larger + std::log1p(std::exp(-std::fabs(a - b)));
+}
 
 // Adds a block's moments: of its columns where the block carries much of the teacher's mass, else of its two maxima
 // alone, which costs nothing and tells models that agree from models that do not.

@@ -50,10 +50,6 @@ class DecoupledSweep : Row<Math> {
     double shift = 0, gap = 0;                    // see RowConstants
   };
 
-  static double log_add(double a, double b) {
-    const double larger = a > b ? a : b;
-    return larger + std::log1p(std::exp(-std::fabs(a - b)));
-  }
   static double lse(double max, double sum, double inv_temperature) {
     return sum > 0 ? max * inv_temperature + std::log(sum) : -INFINITY;
   }
@@ -98,20 +94,14 @@ class DecoupledSweep : Row<Math> {
            usable(s.teacher_max, w.teacher_max, s.teacher_sum + w.teacher_sum);
   }
 
-  // A model without mass in the set stays -inf in all of its columns under any finite reference.
   void prepare(int set) {
     Set& s = sets_[set];
-    Statistics st = present(s.statistics);
+    const Statistics st = s.statistics.with_references();
     s.in_student = s.statistics.student_sum > 0, s.in_teacher = s.statistics.teacher_sum > 0;
     const double max_gap = st.teacher_max - st.student_max;
     s.shift = std::trunc(max_gap / 4) * 4;
     s.gap = (max_gap - s.shift) * inv_temperature_ + (std::log(st.teacher_sum) - std::log(st.student_sum));
     constants_[set] = this->constants(st, s.shift, s.gap);
-  }
-  static Statistics present(Statistics st) {
-    if (!(st.student_sum > 0)) st.student_max = 0, st.student_sum = 1;
-    if (!(st.teacher_sum > 0)) st.teacher_max = 0, st.teacher_sum = 1;
-    return st;
   }
 
   // log(P/Q) of a set plus the same constant for both: the teacher's log-normaliser minus the student's.

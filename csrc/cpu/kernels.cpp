@@ -3,6 +3,7 @@
 
 #include "adaptive.h"
 #include "decoupled.h"
+#include "sparse.h"
 #include "sweep.h"
 
 namespace kdkernels {
@@ -23,7 +24,21 @@ void dispatch(DivergenceList<Ds...>, const RowProblem& problem, int64_t begin, i
   Math::fence();
 }
 
+template <class Math, class Within>
+void dispatch_sparse(const RowProblem& problem, int64_t begin, int64_t end) {
+  sweep_rows<SparseSweep<Math, Within>>(problem, begin, end);
+  Math::fence();
+}
+
 void sweep(const RowProblem& problem, int64_t begin, int64_t end) {
+  if (problem.sparse.tail != Tail::none) {
+    auto sparse = dispatch_sparse<SimdMath, SimdMath>;
+    if (problem.student.dtype == DType::float64)
+      sparse = dispatch_sparse<DoubleMath, DoubleMath>;
+    else if (problem.sparse.logprobs_dtype == DType::float64)
+      sparse = dispatch_sparse<SimdMath, DoubleMath>;
+    return sparse(problem, begin, end);
+  }
   const bool wide = problem.student.dtype == DType::float64 || problem.teacher.dtype == DType::float64;
   wide ? dispatch<DoubleMath>(AllDivergences{}, problem, begin, end)
        : dispatch<SimdMath>(AllDivergences{}, problem, begin, end);

@@ -22,7 +22,7 @@ class Row {
 
  protected:
   struct Block {
-    const Real *student, *teacher;
+    const Real *student, *teacher;  // a sparse teacher has no blocks: null
     int n;  // columns, rounded up to whole registers
   };
 
@@ -49,7 +49,8 @@ class Row {
   // 0 or NaN as everything that is asked of this row.
   void put_all(double x) const {
     put(p_.loss, row_, x);
-    const int stats = p_.divergence == int32_t(DivergenceId::decoupled) ? 9 : 4;
+    const int more = p_.divergence == int32_t(DivergenceId::decoupled) ? 5 : 0;
+    const int stats = 4 + (sparse() ? 3 : more);
     for (int i = 0; i < stats; i++) put_stat(i, x);
     if (p_.gradient) fill(p_.gradient, p_.student.dtype, p_.gradient_rows.offset(row_), p_.student.width, x != 0);
   }
@@ -69,6 +70,7 @@ class Row {
   }
   double number(const void* data, int64_t at) const { return number(data, at, p_.student.dtype == DType::float64); }
 
+  bool sparse() const { return p_.sparse.tail != Tail::none; }
   int64_t blocks() const { return (p_.vocab_size + kBlock - 1) / kBlock; }
   int columns(int64_t b) const {
     const int64_t left = p_.vocab_size - b * kBlock;
@@ -76,8 +78,8 @@ class Row {
   }
   Block read(int64_t b, Real* derivative = nullptr) {
     const int n = columns(b);
-    return {read_block<Math>(p_.student, student_at_, b * kBlock, n, student_block_, derivative), read_teacher(b),
-            round_up(n, Math::lanes)};
+    return {read_block<Math>(p_.student, student_at_, b * kBlock, n, student_block_, derivative),
+            sparse() ? nullptr : read_teacher(b), round_up(n, Math::lanes)};
   }
   const Real* read_teacher(int64_t b) {
     return read_block<Math>(p_.teacher, teacher_at_, b * kBlock, columns(b), teacher_block_);
@@ -85,8 +87,9 @@ class Row {
   Ahead ahead(int64_t b) const {
     const int64_t column = b < blocks() ? b * kBlock : 0;
     const int64_t student_bytes = bytes_per_element(p_.student.dtype), teacher_bytes = bytes_per_element(p_.teacher.dtype);
-    return {static_cast<const char*>(p_.student.data) + (student_at_ + column) * student_bytes,
-            static_cast<const char*>(p_.teacher.data) + (teacher_at_ + column) * teacher_bytes, student_bytes,
+    const char* student = static_cast<const char*>(p_.student.data) + (student_at_ + column) * student_bytes;
+    if (sparse()) return {student, nullptr, student_bytes, 0};
+    return {student, static_cast<const char*>(p_.teacher.data) + (teacher_at_ + column) * teacher_bytes, student_bytes,
             teacher_bytes};
   }
 

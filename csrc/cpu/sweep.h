@@ -20,20 +20,35 @@ class WholeRow : protected Row<Math> {
 
   explicit WholeRow(const RowProblem& problem) : Base(problem) {}
 
+  // What a divergence's gradient needs to know of the row.
+  struct Slopes {
+    double mean = 0, pivot = 0;
+  };
+
   // False: the row has no distributions (NaN, +inf, or -inf throughout), which has been written.
   bool prepare(Prepared& row) {
-    Statistics& st = row.statistics;
+    row.statistics = statistics();
+    if (prepare_constants(row)) return true;
+    this->put_all(NAN);
+    return false;
+  }
+
+  Statistics statistics() {
+    Statistics st;
     for (int64_t b = 0; b < blocks(); b++) {
       const auto [student, teacher, n] = read(b);
       statistics_block<Math>(student, teacher, n, b, this->ahead(b + 1), inv_temperature_, own_hard_sum_,
                              p_.gradient && kRefineBelow<Math> > 0, st);
     }
+    return st;
+  }
+
+  // False: these statistics are of no two distributions.
+  bool prepare_constants(Prepared& row) {
+    const Statistics& st = row.statistics;
     const double gap_of_logs = std::log(st.teacher_sum) - std::log(st.student_sum);
     const double max_gap = st.teacher_max - st.student_max;
-    if (!std::isfinite(max_gap + gap_of_logs)) {
-      this->put_all(NAN);
-      return false;
-    }
+    if (!std::isfinite(max_gap + gap_of_logs)) return false;
     const double shift = std::trunc(max_gap / 4) * 4;
     double gap = (max_gap - shift) * inv_temperature_ + gap_of_logs;
     if (p_.gradient && st.variance() < kRefineBelow<Math> * kRefineBelow<Math>) {
@@ -44,22 +59,29 @@ class WholeRow : protected Row<Math> {
     return true;
   }
 
+  // The divergence and its slopes; 0 where both come with the gradient, or the slopes are not needed.
+  template <class D>
+  double measure(const Prepared& row, const D& divergence, Slopes& slopes) {
+    if (D::slopes_sum_to_zero && p_.gradient) return 0;
+    if (!D::slopes_sum_to_zero) slopes.pivot = derivative_at_top(row, divergence);
+    const Sums s = sums(row.constants, divergence, slopes.pivot);
+    if (!D::slopes_sum_to_zero) slopes.mean = s.slope;
+    return s.value;
+  }
+
   template <class D>
   void finish(const Prepared& row, const D& divergence) {
     const Statistics& st = row.statistics;
-    double value = 0, mean_slope = 0, pivot = 0;
-    if (!D::slopes_sum_to_zero || !p_.gradient) {
-      if (!D::slopes_sum_to_zero) pivot = derivative_at_top(row, divergence);
-      const Sums s = sums(row.constants, divergence, pivot);
-      value = s.value, mean_slope = D::slopes_sum_to_zero ? 0 : s.slope;
-    }
+    Slopes slopes;
+    double value = measure(row, divergence, slopes);
     const HardSoftmax hard{st.student_max, own_hard_sum_ ? st.hard_sum : st.student_sum};
     const double cross_entropy = this->cross_entropy(hard);
     if (p_.gradient) {
-      const double kd = this->kd_factor(), by_student = this->shared_ce_factor() - kd * mean_slope;
+      const double kd = this->kd_factor(), by_student = this->shared_ce_factor() - kd * slopes.mean;
       double values = 0;
       this->write_gradient(hard, [&](int64_t, const auto* student, const auto* teacher, int n, bool stream, auto* out) {
-        values += gradient_block<Math>(student, teacher, n, row.constants, divergence, pivot, kd, by_student, stream, out);
+        values += gradient_block<Math>(student, teacher, n, row.constants, divergence, slopes.pivot, kd, by_student,
+                                       stream, out);
       });
       if (D::slopes_sum_to_zero) value = values;
     }

@@ -2,6 +2,7 @@
 // set allows, and a double for fp64 input. Everything sits in an unnamed namespace: this header is compiled once per
 // instruction set, and the linker must never pick another set's copy of a function.
 #pragma once
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -29,6 +30,17 @@ typedef float UnalignedFloats __attribute__((vector_size(kLanes * 4), aligned(4)
 
 constexpr float kLog2e = 1.44269504f;
 constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // n·kLn2High is exact for |n| < 2^9
+
+#if defined(__AVX512F__)
+// Of 2^(i/16) the bits less those that adding i to the exponent puts beneath it.
+struct SixteenthBits {
+  alignas(64) int32_t of[16];
+  constexpr SixteenthBits() : of{} {
+    for (int i = 0; i < 16; i++) of[i] = std::bit_cast<int32_t>(kSixteenths[i]) - (i << 19);
+  }
+};
+constexpr SixteenthBits kSixteenthBits;
+#endif
 
 struct SimdMath {
   using Real = float;
@@ -119,6 +131,32 @@ struct SimdMath {
     for (int i = 4; i >= 0; i--) p = p * f + kExp2[i];
     return p * f + 1;
   }
+  // 2^((x - max)·scale) for many x, none of them above max: exp2_nonpositive in fewer instructions. 0 below 2^-100,
+  // so that a factor can still be multiplied in.
+  struct PowersBelow {
+    V max, scale, least;
+    KD_INLINE PowersBelow(double max, double scale) : max(set(max)), scale(set(scale)), least(set(-100 / scale)) {}
+#if defined(__AVX512F__)
+    // 2^(n/16)·2^f
+    KD_INLINE V operator()(V x) const {
+      const V below = x - max, clamped = SimdMath::max(least, below);
+      const V shifted = clamped * scale + 786432.0f;  // 1.5·2^19: sixteenths in the low bits
+      const V f = clamped * scale - (shifted - 786432.0f);
+      const IntVector n = IntVector(shifted);
+      const __m512i entry = _mm512_permutexvar_epi32(__m512i(n), _mm512_load_si512(kSixteenthBits.of));
+      const V power = V(IntVector(entry) + (n << 19));
+      const V p = (f * kExp2Short[2] + kExp2Short[1]) * f + kExp2Short[0];
+      const __mmask16 counts = _mm512_cmp_ps_mask(__m512(below), __m512(least), _CMP_NLT_UQ);
+      return V(_mm512_maskz_fmadd_ps(counts, __m512(power * f), __m512(p), __m512(power)));
+    }
+#else
+    KD_INLINE V operator()(V x) const {
+      const V below = x - max, n = round(SimdMath::max(least, below) * scale);
+      const V f = SimdMath::max(least, below) * scale - n;
+      return select(greater(least, below), set(0), exp2_fraction(f) * power_of_two(n));
+    }
+#endif
+  };
   // e^x for any x; at most 2^127.
   static KD_INLINE V exp(V x) {
     const V y = x * kLog2e;
@@ -208,6 +246,10 @@ struct DoubleMath {
   static V max(V a, V b) { return a > b ? a : b; }
   static V abs(V x) { return std::fabs(x); }
   static V exp2_nonpositive(V x) { return std::exp2(x); }
+  struct PowersBelow {
+    double max, scale;
+    double operator()(double x) const { return std::exp2((x - max) * scale); }
+  };
   static V exp(V x) { return std::exp(x); }
   struct Exponential {
     V e, em, phi;
