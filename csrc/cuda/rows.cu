@@ -84,9 +84,9 @@ bool sparse(const RowProblem& p) { return p.sparse.tail != Tail::none; }
 const void* kernel_of(const RowProblem& p) {
   if (sparse(p)) {
     switch (p.student.dtype) {
-      case DType::bfloat16: return sparse_kernel<__nv_bfloat16>();
-      case DType::float16: return sparse_kernel<__half>();
-      default: return sparse_kernel<float>();
+      case DType::bfloat16: return sparse_kernel<__nv_bfloat16>(is_resident(p.sparse));
+      case DType::float16: return sparse_kernel<__half>(is_resident(p.sparse));
+      default: return sparse_kernel<float>(is_resident(p.sparse));
     }
   }
   if (!splits(p)) return kernel_of(p.student.dtype, p.divergence);
@@ -99,6 +99,8 @@ const void* kernel_of(const RowProblem& p) {
 
 // Threads of a block beside the consumers.
 int helpers(const RowProblem& p) { return sparse(p) ? kSparseHelpers : splits(p) ? kSplitHelpers : 64; }
+
+int most_consumers(const RowProblem& p) { return sparse(p) ? kMaxSparseConsumers : splits(p) ? kMaxSplitConsumers : kMaxConsumers; }
 
 int group(const RowProblem& p) { return int(16 / bytes_per_element(p.student.dtype)); }
 
@@ -114,13 +116,18 @@ int static_shared(const RowProblem& p) {
   return kStaticShared + (splits(p) ? int(sizeof(SplitMemory<float>)) : sparse(p) ? int(sizeof(SparseMemory)) : 0);
 }
 
+// Dynamic shared memory that lies before the ring.
+int64_t before_ring(const RowProblem& p, const Plan& plan) {
+  return sparse(p) && is_resident(p.sparse) ? resident_bytes(p.sparse.k) : split_bytes(p.strong.id, plan.cluster);
+}
+
 int64_t slot_bytes(const RowProblem& p, const Plan& plan) {
   return plan.slot_columns * ((sparse(p) ? 1 : 2) * bytes_per_element(p.student.dtype) + (p.strong.mask ? 1 : 0));
 }
 
 int slots(const Device& d, const RowProblem& p, const Plan& plan) {
   const int64_t per_block = std::min<int64_t>(d.shared_per_block, d.shared_per_sm / plan.blocks_per_sm - d.reserved);
-  const int64_t room = per_block - static_shared(p) - split_bytes(p.strong.id, plan.cluster);
+  const int64_t room = per_block - static_shared(p) - before_ring(p, plan);
   const int64_t slot = slot_bytes(p, plan);
   return int(std::clamp<int64_t>(room / slot, 0, kMaxSlots));
 }
@@ -216,8 +223,8 @@ bool lay_out(const Device& d, const RowProblem& p, Plan& plan, int rows, bool ti
 
 // Of a sparse teacher: two rows at a time, in slots that are filled and emptied sooner than whole shares.
 bool lay_out_sparse(const Device& d, const RowProblem& p, Plan& plan) {
-  const int least = plan.consumers * group(p), most = std::max(least, 16384 / int(bytes_per_element(p.student.dtype)));
-  plan.slot_columns = int(std::clamp<int64_t>(share(p, plan.cluster), least, most));
+  const int turn = plan.consumers * group(p);
+  plan.slot_columns = int(std::clamp<int64_t>(share(p, plan.cluster), turn, 2 * turn));
   return slots(d, p, plan) > (1 + plan.ahead) * chunks(p, plan);
 }
 
@@ -259,7 +266,7 @@ Plan plan(const RowProblem& p) {
   static constexpr Threads threads[] = {{1024, 128, 3}, {8192, 128, 3}, {16384, 256, 2}, {INT64_MAX, 512, 1}};
   const Threads* few = threads;
   while (p.vocab_size * (narrow ? 1 : 2) > few->up_to) few++;
-  const int consumers = splits(p) ? std::min(few->consumers, kMaxSplitConsumers) : few->consumers;
+  const int consumers = std::min(few->consumers, most_consumers(p));
   Plan one{0, consumers, 0, few->blocks_per_sm, 0}, two = one;
   if (sparse(p)) return sparse_plan(d, p, one);
   two.ahead = 1;
@@ -299,7 +306,7 @@ void sweep(const RowProblem& p, const Plan& plan, const SparseWorkspace& workspa
   if (p.rows == 0) return;
   const Device d = current_device();
   const bool possible = plan.ahead >= 0 && plan.ahead <= 1 && plan.cluster >= 1 && plan.cluster <= 16 && plan.consumers >= 32 &&
-                        plan.consumers <= (splits(p) ? kMaxSplitConsumers : kMaxConsumers) && plan.consumers % 32 == 0 &&
+                        plan.consumers <= most_consumers(p) && plan.consumers % 32 == 0 &&
                         plan.slot_columns >= plan.consumers * group(p) && plan.slot_columns % (32 * group(p)) == 0;
   if (!possible || chunks(p, plan) * (1 + plan.ahead) > slots(d, p, plan))
     throw std::invalid_argument("kdkernels: this problem does not fit the plan asked for");
@@ -317,7 +324,7 @@ void sweep(const RowProblem& p, const Plan& plan, const SparseWorkspace& workspa
   cudaLaunchConfig_t config{};
   config.blockDim = dim3(unsigned(plan.consumers + helpers(p)));
   config.gridDim = dim3(unsigned(plan.cluster));
-  config.dynamicSmemBytes = size_t(problem.slots) * size_t(slot_bytes(p, plan)) + size_t(split_bytes(p.strong.id, plan.cluster));
+  config.dynamicSmemBytes = size_t(problem.slots) * size_t(slot_bytes(p, plan)) + size_t(before_ring(p, plan));
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &cluster;
   config.numAttrs = 1;
@@ -348,13 +355,13 @@ void sweep(const RowProblem& p, const Plan& plan, const SparseWorkspace& workspa
 
 void row_loss(const RowProblem& p, const Plan& plan, void* stream) { sweep(p, plan, {}, stream); }
 
-int64_t sparse_bytes(const RowProblem& p) { return sparse_workspace_bytes(p.rows, p.sparse.k); }
+int64_t sparse_bytes(const RowProblem& p) { return is_resident(p.sparse) ? 0 : sparse_workspace_bytes(p.rows, p.sparse.k); }
 
 void sparse_row_loss(const RowProblem& p, const Plan& plan, void* memory, void* stream) {
   if (p.rows == 0) return;
   const SparseWorkspace workspace = sparse_workspace(memory, p.rows, p.sparse.k);
   const auto s = static_cast<cudaStream_t>(stream);
-  sparse_prepare(p, workspace, s);
+  if (!is_resident(p.sparse)) sparse_prepare(p, workspace, s);
   if (p.sparse.whole)
     sweep(p, plan, workspace, stream);
   else if (has_gradient(p))

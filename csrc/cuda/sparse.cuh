@@ -2,31 +2,12 @@
 // shared memory, sweeps it for its statistics and once more for the gradient. Before the first sweep a warp of its own
 // takes the ids' columns out (-inf), so that the sums are of the other columns alone: nothing is subtracted.
 #pragma once
-#include "../divergence/sparse.h"
-#include "sparse.h"
-#include "totals.cuh"
+#include "sparse_ids.cuh"
 
 namespace kdkernels::cuda {
 
 template <class T>
 using SparseRing = Ring<T, 1>;
-
-constexpr int kSparseStats = 7;
-
-// Of a row: its loss, and the statistics in their order but for the first three.
-struct SparseReport {
-  float value, cross_entropy, student_lse, teacher_lse, teacher_mass, student_mass, agrees;
-};
-__device__ inline void report_sparse(const RowProblem& p, uint32_t row, bool good, float scale, float temperature,
-                                     const SparseReport& r) {
-  const float kd = float(p.kd_weight) * (p.scale_by_temperature ? temperature * temperature : 1.0f), nan = __builtin_nanf("");
-  const float loss = (kd != 0 ? kd * r.value : 0.0f) + (p.with_ce() ? float(p.ce_weight) * r.cross_entropy : 0.0f);
-  const float stats[kSparseStats] = {r.student_lse, r.teacher_lse, r.value, r.cross_entropy, r.teacher_mass, r.student_mass, r.agrees};
-  static_cast<float*>(p.loss)[row] = scale == 0 ? 0.0f : good ? scale * loss : nan;
-  float* to = static_cast<float*>(p.stats) + row;
-#pragma unroll
-  for (int i = 0; i < kSparseStats; i++) to[i * p.rows] = good ? stats[i] : nan;
-}
 
 // What a row's statistics come to: T·gradient is by_rest·e^((z - reference)/T), at an id by_gap·gap + by_share·share, to
 // which cross-entropy adds by_hard·e^(z - hard_reference), and takes at_label from the label's.
@@ -36,47 +17,104 @@ struct SparseNumbers {
   float by_gap, by_share, at_label;
 };
 
-// Shared memory beside the ring's and the exchange's.
+// Shared memory beside the ring's and the exchange's, and who waits for whom: a row's ids are prepared, its totals made of
+// them and the consumers' sums, its gradient written and then patched; its place is free when it is.
 struct SparseMemory {
-  // Of the rows whose gradient may not be finished: the one whose ids are written, the one before them at hand, and those
-  // begun after that.
-  static constexpr int kRows = 4;
+  static constexpr int kRows = 4;  // prepared and not patched
+  IdsRow rows[kRows];
   SparseNumbers numbers[kRows];
   uint64_t taken[kMaxSlots];  // the ids' columns are out of a slot
-  uint64_t written[2];        // a row's gradient is there but for the ids; two take turns
-  uint64_t patched[2];        // … and there
+  uint64_t prepared[kRows], written[kRows], patched[kRows];
 
   __device__ void init(int slots, int warps) {
     for (int i = 0; i < slots; i++) barrier_init(shared_address(&taken[i]), 1);
-    for (uint64_t& barrier : written) barrier_init(shared_address(&barrier), warps);
-    for (uint64_t& barrier : patched) barrier_init(shared_address(&barrier), 1);
+    for (int i = 0; i < kRows; i++) {
+      barrier_init(shared_address(&prepared[i]), 1), barrier_init(shared_address(&patched[i]), 1);
+      barrier_init(shared_address(&written[i]), warps);
+    }
   }
   __device__ uint32_t taken_barrier(int slot) { return shared_address(&taken[slot]); }
+  // Of the cluster's n-th row.
+  static __device__ void arrive(uint64_t* barriers, int n) { barrier_arrive(shared_address(&barriers[n % kRows])); }
+  static __device__ void wait(uint64_t* barriers, int n) { barrier_wait(shared_address(&barriers[n % kRows]), n / kRows & 1); }
 };
 
-// The warp that takes the ids' columns out of a row, as soon as it is there.
+// Dynamic shared memory ahead of the ring: the table of a row's ids, and of the rows prepared here ids, logits, gaps and
+// shares.
+constexpr int resident_table_bytes(int64_t k) { return int(2 * sizeof(int)) << table_bits(k); }
+constexpr int resident_bytes(int64_t k) {
+  return (resident_table_bytes(k) + SparseMemory::kRows * int((k + 3) / 4 * 4) * 16 + 127) / 128 * 128;
+}
+__device__ inline SparseWorkspace resident_workspace(unsigned char* shared, SparseMemory* memory, int k) {
+  const int n = SparseMemory::kRows * ((k + 3) / 4 * 4);
+  auto* words = reinterpret_cast<float*>(shared + resident_table_bytes(k));
+  return {reinterpret_cast<int*>(words), words + n, words + 2 * n, words + 3 * n, memory->rows};
+}
+
+// Where a row's ids are found: at its own place in the workspace, or, prepared here, at that of the few in flight.
+template <bool Resident>
+__device__ __forceinline__ int64_t place_of(uint32_t row, int ordinal) {
+  return Resident ? ordinal % SparseMemory::kRows : int64_t(row);
+}
+
+// The warp that prepares rows, as soon as they are there: the logits it picks are in the cache then.
+template <class T>
+__device__ void prepare(const ClusterProblem& problem, const SparseRing<T>& ring, SparseMemory* memory, const SparseWorkspace& workspace,
+                        int* table, uint32_t first_row, uint32_t row_step, int lane) {
+  const RowProblem& p = problem.rows;
+  const Team<32> team{nullptr, lane};
+  const int bits = table_bits(p.sparse.k);
+  const Places places{table, table + (1 << bits), bits};
+  int slot = 0, ordinal = 0;
+  uint32_t parity = 0;
+  for (uint32_t row = first_row; row < uint32_t(p.rows); row += row_step, ordinal++) {
+    if (ordinal >= SparseMemory::kRows) SparseMemory::wait(memory->patched, ordinal - SparseMemory::kRows);
+    prepare_row<T, kMostResident / 32>(p, row, team, places, workspace, place_of<true>(row, ordinal), [&] {
+      barrier_wait(ring.full_barrier(slot), parity);
+    });
+    barrier_wait(ring.full_barrier(slot), parity);
+    const int chunks = ring.headers[slot].chunks;  // before consumers may give the slot away
+    __syncwarp();
+    if (lane == 0) SparseMemory::arrive(memory->prepared, ordinal);
+    slot += chunks;
+    if (slot >= ring.count) slot -= ring.count, parity ^= 1;
+  }
+}
+
+// The warp that takes the ids' columns out of a row, as soon as it is there: all ids, whether they count or not.
 template <class T>
 __device__ void take_out(const ClusterProblem& problem, const SparseRing<T>& ring, SparseMemory* memory, uint32_t first_row,
                          uint32_t row_step, int begin, int lane) {
   const RowProblem& p = problem.rows;
   const int k = int(p.sparse.k);
   const T nothing = narrow<T>(-__builtin_inff());
+  constexpr int kEarly = kMostResident / 32;  // a lane's ids that are on their way while the row is
   int slot = 0;
   uint32_t parity = 0;
   for (uint32_t row = first_row; row < uint32_t(p.rows); row += row_step) {
-    const int* ids = problem.sparse.ids + int64_t(row) * k;
-    const int early = lane < k ? ids[lane] : -1;  // on its way while the row is
+    auto id_of = [&](int j) {
+      const int64_t id = j < k ? id_at(p.sparse, row, j) : -1;
+      return id < p.vocab_size ? int(id) : -1;
+    };
+    int early[kEarly];
+#pragma unroll
+    for (int i = 0; i < kEarly; i++) early[i] = id_of(i * 32 + lane);
     barrier_wait(ring.full_barrier(slot), parity);
     const RowHeader header = ring.headers[slot];
     const int end = begin + header.columns;
     for (int chunk = 0; chunk < header.chunks; chunk++) {
       if (chunk) barrier_wait(ring.full_barrier(slot), parity);
       const int first = begin + chunk * ring.slot_columns, columns = min(ring.slot_columns, end - first);
-      for (int j = lane; j < k; j += 32) {
-        const int id = j == lane ? early : ids[j], at = id + header.phase - first;
+      const uint32_t address = ring.student(slot);
+      auto take = [&](int id) {
+        const int at = id + header.phase - first;
         if (id >= 0 && at >= 0 && at < columns)
-          *reinterpret_cast<T*>(__cvta_shared_to_generic(ring.student(slot) + at * uint32_t(sizeof(T)))) = nothing;
-      }
+          *reinterpret_cast<T*>(__cvta_shared_to_generic(address + at * uint32_t(sizeof(T)))) = nothing;
+      };
+#pragma unroll
+      for (int i = 0; i < kEarly; i++) take(early[i]);
+#pragma unroll 4
+      for (int j = 32 * kEarly + lane; j < k; j += 32) take(id_of(j));
       async_proxy_fence();  // a later copy overwrites them
       __syncwarp();
       if (lane == 0) barrier_arrive(memory->taken_barrier(slot));
@@ -86,49 +124,45 @@ __device__ void take_out(const ClusterProblem& problem, const SparseRing<T>& rin
 }
 
 // The warp that writes a row's gradient at the ids, over what the consumers have written there, and at the label.
-template <class T>
-__device__ void patch(const ClusterProblem& problem, SparseMemory* memory, uint32_t first_row, uint32_t row_step, int begin, int lane) {
+template <class T, bool Resident>
+__device__ void patch(const ClusterProblem& problem, SparseMemory* memory, const SparseWorkspace& workspace, uint32_t first_row,
+                      uint32_t row_step, int begin, int lane) {
   const RowProblem& p = problem.rows;
-  if (!p.gradient) return;
   const int k = int(p.sparse.k);
   int ordinal = 0;
   for (uint32_t row = first_row; row < uint32_t(p.rows); row += row_step, ordinal++) {
-    const int64_t at = int64_t(row) * k;
-    const int *ids = problem.sparse.ids + at, *flags = &problem.sparse.rows[row].flags;
-    const float *gaps = problem.sparse.gaps + at, *shares = problem.sparse.shares + at, *logits = problem.sparse.logits + at;
-    const int of_row = *flags, label = problem.sparse.rows[row].label;
-    const float label_logit = problem.sparse.rows[row].label_logit;
-    int id = lane < k ? ids[lane] : -1;
-    float gap = lane < k ? gaps[lane] : 0, share = lane < k ? shares[lane] : 0;
-    const T* student = row_begin<T>(p.student, row);
     const GradientRow<T> gradient = gradient_row<T>(p, row_offset(p.gradient_rows, row));
     // This block's columns.
-    const int phase = phase_of(student), low = max(0, begin - phase), high = min(int(p.vocab_size), begin + problem.share - phase);
-    const float k_log2 = kLog2Ef / (p.temperatures ? static_cast<const float*>(p.temperatures)[row] : problem.temperature);
-    const int b = ordinal & 1;
-    barrier_wait(shared_address(&memory->written[b]), ordinal >> 1 & 1);
+    const int phase = phase_of(row_begin<T>(p.student, row));
+    const int low = max(0, begin - phase), high = min(int(p.vocab_size), begin + problem.share - phase);
+    const float scale = kLog2Ef / (p.temperatures ? static_cast<const float*>(p.temperatures)[row] : problem.temperature);
+    const int64_t place = place_of<Resident>(row, ordinal), first = place * k;
+    SparseMemory::wait(memory->written, ordinal);
     const SparseNumbers n = memory->numbers[ordinal % SparseMemory::kRows];
-    if (!(of_row & kSkipped) && n.good) {
+    const IdsRow& found = workspace.rows[place];
+    if (gradient && !(found.flags & kSkipped) && n.good) {
       auto hard = [&](float logit) { return n.by_hard != 0 ? n.by_hard * FloatMath::exp2((logit - n.hard_reference) * kLog2Ef) : 0.0f; };
+      const int label = found.label;
+#pragma unroll 2
       for (int j = lane; j < k; j += 32) {
-        if (j != lane) id = ids[j], gap = gaps[j], share = shares[j];
+        const int id = workspace.ids[first + j];
         if (id < low || id >= high) continue;
-        float g = fmaf(n.by_gap, gap, n.by_share * share);
-        if (n.by_hard != 0) g += hard(logits[j]);
+        float g = fmaf(n.by_gap, workspace.gaps[first + j], n.by_share * workspace.shares[first + j]);
+        if (n.by_hard != 0) g += hard(workspace.logits[first + j]);
         if (id == label) g -= n.at_label;
         store_one(gradient, id, g);
       }
-      if (lane == 0 && label >= low && label < high && !(of_row & kLabelInside)) {
-        const float of_rest = n.by_rest != 0 ? n.by_rest * FloatMath::exp2((label_logit - n.reference) * k_log2) : 0;
-        store_one(gradient, label, of_rest + hard(label_logit) - n.at_label);
+      if (lane == 0 && label >= low && label < high && !(found.flags & kLabelInside)) {
+        const float of_rest = n.by_rest != 0 ? n.by_rest * FloatMath::exp2((found.label_logit - n.reference) * scale) : 0;
+        store_one(gradient, label, of_rest + hard(found.label_logit) - n.at_label);
       }
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive(shared_address(&memory->patched[b]));
+    if (lane == 0) SparseMemory::arrive(memory->patched, ordinal);
   }
 }
 
-template <class T>
+template <class T, bool Resident>
 class SparseSweep {
   using Math = FloatMath;
   static constexpr int G = kGroup<T>;
@@ -151,7 +185,7 @@ class SparseSweep {
       const bool more = row + row_step < rows;
       if (more && problem_.ahead) next = begin(row + row_step, after, parity);
       finish(row, now, ordinal);
-      if (p_.gradient) hand_over(ordinal);
+      hand_over(ordinal);
       if (more && !problem_.ahead) next = begin(row + row_step, after, parity);
       now = next;
     }
@@ -197,6 +231,7 @@ class SparseSweep {
     const GradientRow<T> gradient = gradient_row<T>(p_, header.gradient);
     const int width = int(p_.student.width), vocab_size = int(p_.vocab_size);
     if (!at.counts) {
+      if constexpr (Resident) SparseMemory::wait(memory_->prepared, ordinal);  // who prepares is no further behind
       if (rank_ == 0 && threadIdx.x == 0) report_sparse(p_, row, true, 0, 1, {});
       if (gradient) fill(gradient, 0, width, 0.0f);
       release(1);
@@ -217,12 +252,11 @@ class SparseSweep {
     if (width > vocab_size) fill(gradient, vocab_size, width, 0.0f);
   }
 
-  // The row to the warp that patches it, once that has done with the row before the last.
+  // The row to the warp that patches it, which is two rows behind at most.
   __device__ __forceinline__ void hand_over(int ordinal) const {
-    const int b = ordinal & 1, turn = ordinal >> 1;
-    if (turn) barrier_wait(shared_address(&memory_->patched[b]), (turn - 1) & 1);
+    if (ordinal >= 2) SparseMemory::wait(memory_->patched, ordinal - 2);
     __syncwarp();
-    if (exchange_.lane == 0) barrier_arrive(shared_address(&memory_->written[b]));
+    if (exchange_.lane == 0) SparseMemory::arrive(memory_->written, ordinal);
   }
 
   // ---- Sweeps over this block's share: f<Special>(columns' bits, column), G columns a call, this thread's own every time.
@@ -418,7 +452,7 @@ class SparseSweep {
 };
 
 // The warp that makes a row's numbers of all sums, and reports it.
-template <class T>
+template <class T, bool Resident>
 class SparseTotals : Totals<T, ForwardKL> {
   using Base = Totals<T, ForwardKL>;
   using Math = FloatMath;
@@ -434,12 +468,13 @@ class SparseTotals : Totals<T, ForwardKL> {
 
  public:
   __device__ SparseTotals(const ClusterProblem& problem, const RowHeader* headers, ExchangeMemory* memory, SparseMemory* sparse,
-                          int blocks, int rank, int warps, int lane)
-      : Base(problem, headers, memory, blocks, rank, warps, lane), sparse_(sparse) {}
+                          const SparseWorkspace& workspace, int blocks, int rank, int warps, int lane)
+      : Base(problem, headers, memory, blocks, rank, warps, lane), sparse_(sparse), workspace_(workspace) {}
 
   __device__ void serve(uint32_t first_row, uint32_t row_step) {
+    // Prepared before: a row is on its way while the one before it is at work.
     uint32_t row = first_row;
-    IdsRow found = prepared(row);
+    IdsRow early = Resident ? IdsRow{} : prepared(row);
     for (int n = 0;; n++) {
       const int b = n % ExchangeMemory::kInFlight;
       barrier_wait(shared_address(&memory_->posted[b]), n / ExchangeMemory::kInFlight & 1);
@@ -447,17 +482,22 @@ class SparseTotals : Totals<T, ForwardKL> {
       if (request.what == Wanted::nothing_more) return;
       Parcel part;
       if (lane_ < warps_) part = memory_->of_warps[b][lane_];
-      if (request.row != row) found = prepared(request.row);
-      statistics(part, request, found, (request.row - first_row) / row_step);
+      const int ordinal = int((request.row - first_row) / row_step);
+      if constexpr (Resident) {
+        SparseMemory::wait(sparse_->prepared, ordinal);
+        statistics(part, request, sparse_->rows[ordinal % SparseMemory::kRows], ordinal);
+      } else {
+        if (request.row != row) early = prepared(request.row);
+        statistics(part, request, early, ordinal);
+      }
       __syncwarp();
       if (lane_ == 0) barrier_arrive(shared_address(&memory_->ready[b]));
-      row = request.row + row_step;
-      found = prepared(row);
+      if constexpr (!Resident) row = request.row + row_step, early = prepared(row);
     }
   }
 
  private:
-  __device__ IdsRow prepared(uint32_t row) const { return row < uint32_t(p_.rows) ? problem_.sparse.rows[row] : IdsRow{}; }
+  __device__ IdsRow prepared(uint32_t row) const { return row < uint32_t(p_.rows) ? workspace_.rows[row] : IdsRow{}; }
 
   struct All {
     float sum, hard, reference, largest;
@@ -475,7 +515,7 @@ class SparseTotals : Totals<T, ForwardKL> {
     return all;
   }
 
-  __device__ void statistics(Parcel part, const Request& request, const IdsRow& found, uint32_t ordinal) {
+  __device__ void statistics(Parcel part, const Request& request, const IdsRow& found, int ordinal) {
     const RowHeader row = headers_[request.slot];
     const float k = row.log2e_over_temperature;
     All rest = add_up(part, k, lane_ < warps_);
@@ -527,6 +567,7 @@ class SparseTotals : Totals<T, ForwardKL> {
   }
 
   SparseMemory* sparse_;
+  const SparseWorkspace workspace_;
 };
 
 }  // namespace kdkernels::cuda

@@ -1,6 +1,7 @@
-// Sparse teachers on a GPU: two launches. `prepare` cleans a row's ids, gathers the student's logits there and computes all
-// that the given ids decide alone; the sweep (sparse.cuh) reads the rest of the row, reports the row and writes the
-// gradient. Where nothing but the ids matters, `write_gaps` does that instead. Between them stands a workspace.
+// Sparse teachers on a GPU. Of each row, a warp cleans the ids and computes all that they decide alone (sparse_ids.cuh),
+// while the sweep (sparse.cuh) reads the rest of the row; then the row is reported and its gradient written. Rows of many
+// ids are prepared by a launch of its own before, as are those of which nothing but the ids matters; then a workspace
+// stands between the launches.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -41,6 +42,17 @@ struct SparseWorkspace {
   IdsRow* rows = nullptr;
 };
 
+// The most ids a row that the sweep prepares itself may have.
+constexpr int kMostResident = 256;
+inline bool is_resident(const SparseTeacher& t) { return t.whole && t.k <= kMostResident; }
+
+// Of a table that finds repeated ids.
+constexpr int table_bits(int64_t k) {
+  int bits = 5;
+  while (int64_t(1) << bits < 2 * k) bits++;
+  return bits;
+}
+
 constexpr int64_t sparse_workspace_bytes(int64_t rows, int64_t k) {
   return (rows * k + 3) / 4 * 4 * 16 + rows * int64_t(sizeof(IdsRow));
 }
@@ -51,9 +63,10 @@ inline SparseWorkspace sparse_workspace(void* memory, int64_t rows, int64_t k) {
 }
 
 // The sweep's address, for the launch functions of the runtime; one translation unit per dtype (sparse_kernel.cu).
-constexpr int kSparseHelpers = 128;
+// 20 warps in all, five on each quarter of a multiprocessor: one more would leave each of them 16 registers less.
+constexpr int kMaxSparseConsumers = 480, kSparseHelpers = 160;
 template <class T>
-const void* sparse_kernel();
+const void* sparse_kernel(bool resident);
 
 void sparse_prepare(const RowProblem& problem, const SparseWorkspace& workspace, cudaStream_t stream);
 void write_gaps(const RowProblem& problem, const SparseWorkspace& workspace, cudaStream_t stream);

@@ -5,9 +5,9 @@
 
 namespace kdkernels::cuda {
 
-// The last four warps of a block copy, take the ids' columns out, write the ids' gradient, and add up totals.
-template <class T>
-__global__ void __launch_bounds__(kMaxConsumers + kSparseHelpers, 1) sparse_cluster(const __grid_constant__ ClusterProblem problem) {
+// The last five warps of a block copy, prepare the ids, take their columns out, write their gradient, and add up totals.
+template <class T, bool Resident>
+__global__ void __launch_bounds__(kMaxSparseConsumers + kSparseHelpers, 1) sparse_cluster(const __grid_constant__ ClusterProblem problem) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ __align__(8) uint64_t full[kMaxSlots], empty[kMaxSlots];
   __shared__ RowHeader headers[kMaxSlots];
@@ -18,7 +18,9 @@ __global__ void __launch_bounds__(kMaxConsumers + kSparseHelpers, 1) sparse_clus
   const uint32_t first_row = blockIdx.x / blocks, row_step = gridDim.x / blocks;
 
   SparseRing<T> ring;
-  ring.slots = kept(shared_address(shared));
+  const int k = int(problem.rows.sparse.k);
+  const SparseWorkspace workspace = Resident ? resident_workspace(shared, &sparse_memory, k) : problem.sparse;
+  ring.slots = kept(shared_address(shared + (Resident ? resident_bytes(k) : 0)));
   ring.headers = headers;
   ring.full = kept(shared_address(full)), ring.empty = kept(shared_address(empty));
   ring.slot_columns = problem.slot_columns, ring.count = problem.slots;
@@ -33,25 +35,29 @@ __global__ void __launch_bounds__(kMaxConsumers + kSparseHelpers, 1) sparse_clus
   cluster_sync();
   if (warp < warps) {
     const Exchange exchange{&exchange_memory, warps, warp, lane};
-    SparseSweep<T>(problem, ring, &sparse_memory, exchange, blocks, rank).consume(first_row, row_step);
+    SparseSweep<T, Resident>(problem, ring, &sparse_memory, exchange, blocks, rank).consume(first_row, row_step);
   } else if (warp == warps) {
     if (lane == 0) ring.template produce<false>(problem, first_row, row_step, rank * problem.share);
     __syncwarp();
   } else if (warp == warps + 1) {
-    take_out<T>(problem, ring, &sparse_memory, first_row, row_step, rank * problem.share, lane);
+    if constexpr (Resident)
+      prepare<T>(problem, ring, &sparse_memory, workspace, reinterpret_cast<int*>(shared), first_row, row_step, lane);
   } else if (warp == warps + 2) {
-    patch<T>(problem, &sparse_memory, first_row, row_step, rank * problem.share, lane);
+    take_out<T>(problem, ring, &sparse_memory, first_row, row_step, rank * problem.share, lane);
+  } else if (warp == warps + 3) {
+    patch<T, Resident>(problem, &sparse_memory, workspace, first_row, row_step, rank * problem.share, lane);
   } else {
-    SparseTotals<T>(problem, headers, &exchange_memory, &sparse_memory, blocks, rank, warps, lane).serve(first_row, row_step);
+    SparseTotals<T, Resident>(problem, headers, &exchange_memory, &sparse_memory, workspace, blocks, rank, warps, lane)
+        .serve(first_row, row_step);
   }
   cluster_sync();  // no block leaves while another may still store into it
 }
 
 template <class T>
-const void* sparse_kernel() {
-  return reinterpret_cast<const void*>(&sparse_cluster<T>);
+const void* sparse_kernel(bool resident) {
+  return resident ? reinterpret_cast<const void*>(&sparse_cluster<T, true>) : reinterpret_cast<const void*>(&sparse_cluster<T, false>);
 }
 
-template const void* sparse_kernel<KD_TYPE>();
+template const void* sparse_kernel<KD_TYPE>(bool resident);
 
 }  // namespace kdkernels::cuda
