@@ -255,6 +255,7 @@ def sparse_divergence(
     some_p, some_q = mass_p > -torch.inf, mass_q > -torch.inf
     inside_p = torch.where(alive & some_p[..., None], strong_p - torch.where(some_p, mass_p, 0)[..., None], -torch.inf)
     inside_q = torch.where(alive & some_q[..., None], strong_q - torch.where(some_q, mass_q, 0)[..., None], -torch.inf)
+    inside_p = torch.where(some_p[..., None] | ~alive, inside_p, 0)  # whatever: it is not used, but must not be NaN
     within = torch.where(some_p, torch.where(some_q, _divergence(inside_p, inside_q, divergence, None), torch.inf), 0)
     # -inf - -inf must not meet autograd
     finite_q = torch.where(some_q, mass_q, 0)

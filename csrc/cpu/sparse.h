@@ -121,6 +121,7 @@ class Within : WholeRow<Math> {
 
   // D, and as gradient() by_gap·T·dD/dlogit + by_student·q~.
   double measure(double by_gap, double by_student) {
+    if (!(teacher_sum_ > 0)) return measure<ForwardKL>(by_gap, by_student);  // by_gap is 0, and its gap finite
     switch (DivergenceId(own_.divergence)) {
       case DivergenceId::reverse_kl: return measure<ReverseKL>(by_gap, by_student);
       case DivergenceId::jensen_shannon: return measure<JensenShannon>(by_gap, by_student);
