@@ -6,14 +6,17 @@ over the whole vocabulary. The loss of these is `kdkernels.LinearDistillationLos
 and heads, and forms logits a chunk of tokens at a time. The teacher takes more steps than a student, as teachers do:
 part of what it passes on comes from text that no student reads.
 
-The students differ in nothing but the loss: same shape, same initial weights, same learning rate, and they are trained
-side by side on the same batches in the same order (so one pass of the teacher's blocks serves them all). What is held
-out are whole documents, and neither the tokenizer nor a model has seen them. The work is counted in steps, not in
+One more student learns without a teacher at its side. While the others train, the teacher's likeliest tokens of each
+position are written to a file; that student has nothing but this file and the text.
+
+The students differ in nothing but the loss: same shape, same initial weights, same learning rate, the same batches in
+the same order (those with the teacher side by side, so that one pass of the teacher's blocks serves them all). What is
+held out are whole documents, and neither the tokenizer nor a model has seen them. The work is counted in steps, not in
 minutes, so that a run can be repeated.
 
 At the end: held-out loss of all models, and what head and loss cost in time and memory against eager PyTorch; plots and
 the numbers as JSON lie in --output: distillation.png, and decoupled.png with the terms of the decoupled divergence step
-by step. On a GPU the same command uses it.
+by step; so does the teacher's file. On a GPU the same command uses it.
 """
 
 from __future__ import annotations
@@ -28,9 +31,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from corpus import Corpus, load_corpus
 from loss_cost import Cost, Objective, measure
-from report import HARD_LABELS, Curve, Results
+from report import HARD_LABELS, Curve, Results, TeacherFile
 from terms import TermRecorder, Terms
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -107,6 +111,13 @@ OBJECTIVES = {
     CAKD: Objective(kd.CAKD(2.0, 0.5, kd.TopK(32)), temperature=1.0, kd_weight=0.5, ce_weight=0.5),
 }
 
+# How many tokens of a position the teacher's file holds, and the student that knows no more of the teacher. Its loss is
+# the first one above, but for the tokens that are not in the file: these count as one.
+FILE_TOKENS = 64
+FILE_TAIL = "bucket"
+FILE_OBJECTIVE = OBJECTIVES["forward KL"]
+FROM_FILE = f"forward KL, top {FILE_TOKENS} from a file"
+
 
 class Stopwatch:
     """Seconds by part of the work."""
@@ -142,36 +153,67 @@ def train_teacher(corpus: Corpus, settings: Settings, device: torch.device) -> n
     return model
 
 
-def train_students(
-    teacher: nn.Module, corpus: Corpus, settings: Settings, device: torch.device, held_out: list[Batch]
-) -> tuple[dict[str, nn.Module], dict[str, Curve], Terms]:
-    """All students step by step on the same batches, hard labels first.
+def new_student(corpus: Corpus, settings: Settings, device: torch.device) -> Trainer:
+    model = build_model(settings.student, corpus.vocab_size, settings.context, settings.seed, device)
+    return Trainer(model, settings.steps, settings.student_rates)
 
-    Returns them, their held-out losses, and the terms of the decoupled divergence at every step.
+
+def measures_at(step: int, settings: Settings) -> bool:
+    """Whether the curves have a point there."""
+    return step % max(1, settings.steps // settings.curve_points) == 0 or step == settings.steps
+
+
+def train_students(
+    teacher: nn.Module,
+    corpus: Corpus,
+    settings: Settings,
+    device: torch.device,
+    held_out: list[Batch],
+    file: kd.TopKCacheWriter,
+) -> tuple[dict[str, nn.Module], dict[str, Curve], Terms]:
+    """All students that see the teacher, step by step on the same batches, hard labels first.
+
+    What the teacher thinks of each sequence goes into the file, in the order of the batches. Returns the students,
+    their held-out losses, and the terms of the decoupled divergence at every step.
     """
     objectives: dict[str, Objective | None] = {HARD_LABELS: None, **OBJECTIVES}
-    trainers = {
-        name: Trainer(
-            build_model(settings.student, corpus.vocab_size, settings.context, settings.seed, device),
-            settings.steps,
-            settings.student_rates,
-        )
-        for name in objectives
-    }
+    trainers = {name: new_student(corpus, settings, device) for name in objectives}
     curves = {name: Curve([], []) for name in objectives}
     recorder = TermRecorder(OBJECTIVES[CAKD].divergence)
     for step, (ids, labels), bar in training_batches(corpus, settings, settings.steps, device, "students"):
         with torch.no_grad():
             frozen = kd.LinearTeacher(compute_hidden(teacher, ids), head_weight(teacher))
+        file.write(likeliest(frozen))
         for name, objective in objectives.items():
             record = recorder.record if name == CAKD else None
             trainers[name].step(ids, student_loss(objective, frozen, labels, record))
-        if step % max(1, settings.steps // settings.curve_points) == 0 or step == settings.steps:
+        if measures_at(step, settings):
             for name, trainer in trainers.items():
-                curves[name].steps.append(step)
-                curves[name].losses.append(held_out_loss(trainer.model, held_out, device))
+                curves[name].add(step, held_out_loss(trainer.model, held_out, device))
             bar.set_postfix_str("held-out " + " / ".join(f"{curve.losses[-1]:.2f}" for curve in curves.values()))
     return {name: trainer.model for name, trainer in trainers.items()}, curves, recorder.terms()
+
+
+@torch.no_grad()
+def likeliest(teacher: kd.LinearTeacher) -> kd.TopKTeacher:
+    """The teacher's most likely tokens at every position, from float32 logits that exist for one batch."""
+    logits = F.linear(teacher.hidden.float(), teacher.weight.float())
+    return kd.TopKTeacher.from_logits(logits, FILE_TOKENS, tail=FILE_TAIL)
+
+
+def train_from_file(
+    file: kd.TopKCache, corpus: Corpus, settings: Settings, device: torch.device, held_out: list[Batch]
+) -> tuple[nn.Module, Curve]:
+    """A student like the others that never meets the teacher: sequence i of the file is the i-th of the batches."""
+    trainer, curve = new_student(corpus, settings, device), Curve([], [])
+    for step, (ids, labels), bar in training_batches(corpus, settings, settings.steps, device, "from the file"):
+        last = step * settings.sequences
+        teacher = file.batch(range(last - settings.sequences, last), tail=FILE_TAIL, device=device)
+        trainer.step(ids, partial(FILE_OBJECTIVE.fused, teacher=teacher, labels=labels))
+        if measures_at(step, settings):
+            curve.add(step, held_out_loss(trainer.model, held_out, device))
+            bar.set_postfix_str(f"held-out {curve.losses[-1]:.2f}")
+    return trainer.model, curve
 
 
 def student_loss(
@@ -195,12 +237,16 @@ def measure_costs(
         hidden = compute_hidden(student, ids)
         frozen = kd.LinearTeacher(compute_hidden(teacher, ids), head_weight(teacher))
     weight = head_weight(student)
+    cases: dict[str, tuple[Objective, kd.LinearTeacher | kd.TopKTeacher]] = {
+        **{name: (objective, frozen) for name, objective in OBJECTIVES.items()},
+        FROM_FILE: (FILE_OBJECTIVE, likeliest(frozen)),
+    }
 
-    def cost(loss: Callable[..., Tensor]) -> Cost:
-        return measure(partial(loss, teacher=frozen, labels=labels), hidden, weight, runs)
+    def cost(loss: Callable[..., Tensor], teacher: kd.LinearTeacher | kd.TopKTeacher) -> Cost:
+        return measure(partial(loss, teacher=teacher, labels=labels), hidden, weight, runs)
 
-    eager = {name: cost(objective.eager) for name, objective in OBJECTIVES.items()}
-    fused = {name: cost(objective.fused) for name, objective in OBJECTIVES.items()}
+    eager = {name: cost(objective.eager, given) for name, (objective, given) in cases.items()}
+    fused = {name: cost(objective.fused, given) for name, (objective, given) in cases.items()}
     vocabulary, width = weight.shape
     dtype = str(product_dtype(device)).removeprefix("torch.")
     shape = (
@@ -216,8 +262,8 @@ def describe_environment(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
 
 
-def run(settings: Settings, device: torch.device) -> Results:
-    """The whole demo: text, teacher, students, losses, costs."""
+def run(settings: Settings, device: torch.device, output: Path) -> Results:
+    """The whole demo: text, teacher, students, losses, costs. The teacher's file goes into the folder ``output``."""
     stopwatch = Stopwatch()
     environment = describe_environment(device)
     print(environment)
@@ -232,8 +278,16 @@ def run(settings: Settings, device: torch.device) -> Results:
     with stopwatch("teacher"):
         teacher = train_teacher(corpus, settings, device)
     teacher.requires_grad_(False)
-    with stopwatch("students"):
-        students, curves, terms = train_students(teacher, corpus, settings, device, curve_batches)
+    path = output / f"teacher-top-{FILE_TOKENS}.safetensors"
+    about = {"teacher": f"Llama, {count_parameters(teacher):,} parameters, seed {settings.seed}"}
+    with (
+        stopwatch("students"),
+        kd.TopKCacheWriter(path, vocab_size=corpus.vocab_size, dtype=torch.bfloat16, metadata=about) as writer,
+    ):
+        students, curves, terms = train_students(teacher, corpus, settings, device, curve_batches, writer)
+    with stopwatch("student from the file"), kd.TopKCache(path) as file:
+        students[FROM_FILE], curves[FROM_FILE] = train_from_file(file, corpus, settings, device, curve_batches)
+        teacher_file = TeacherFile.measure(file, FILE_TAIL)
     with stopwatch("held-out losses"):
         models = {"teacher": teacher, **students}
         losses = {
@@ -245,8 +299,9 @@ def run(settings: Settings, device: torch.device) -> Results:
         shape, eager, fused = measure_costs(teacher, students[HARD_LABELS], held_out[0], settings.cost_runs, device)
 
     tokens_per_batch = settings.context * settings.sequences
+    objectives = {**OBJECTIVES, FROM_FILE: FILE_OBJECTIVE}
     return Results(
-        settings={**dataclasses.asdict(settings), "objectives": {name: str(o) for name, o in OBJECTIVES.items()}},
+        settings={**dataclasses.asdict(settings), "objectives": {name: str(o) for name, o in objectives.items()}},
         environment=environment,
         corpus=corpus.description,
         teacher_parameters=count_parameters(teacher),
@@ -259,6 +314,7 @@ def run(settings: Settings, device: torch.device) -> Results:
         teacher_curve_loss=teacher_curve_loss,
         curves=curves,
         terms=terms,
+        teacher_file=teacher_file,
         cost_shape=shape,
         eager_costs=eager,
         fused_costs=fused,
@@ -272,7 +328,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--teacher-steps", type=int, help="training steps of the teacher")
     parser.add_argument("--seed", type=int, help="of the split, the initial weights and the batches")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for plots and JSON")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for all that is written")
     parser.add_argument("--smoke", action="store_true", help="tiny models and few steps: does it run at all?")
     return parser.parse_args()
 
@@ -284,14 +340,14 @@ def main() -> None:
         SMOKE if arguments.smoke else Settings(), **{name: value for name, value in chosen.items() if value is not None}
     )
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    results = run(settings, device)
-    print(f"\n{results.summary()}")
     arguments.output.mkdir(parents=True, exist_ok=True)
+    results = run(settings, device, arguments.output)
+    print(f"\n{results.summary()}")
     results.save_json(arguments.output / "results.json")
     results.save_plot(arguments.output / "distillation.png")
     made_by = f"{' '.join(['python examples/distill.py', *sys.argv[1:]])}: {results.environment}"
     results.terms.save_plot(arguments.output / "decoupled.png", made_by)
-    print(f"Plots and numbers: {arguments.output}/")
+    print(f"Plots, numbers and the teacher's file: {arguments.output}/")
 
 
 if __name__ == "__main__":

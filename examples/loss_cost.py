@@ -44,7 +44,7 @@ class Objective:
         hidden: Tensor,
         weight: Tensor,
         *,
-        teacher: kd.LinearTeacher,
+        teacher: kd.LinearTeacher | kd.TopKTeacher,
         labels: Tensor,
         record: Callable[[kd.RowStats], None] | None = None,
     ) -> Tensor:
@@ -54,17 +54,31 @@ class Objective:
             record(stats)
         return loss
 
-    def eager(self, hidden: Tensor, weight: Tensor, *, teacher: kd.LinearTeacher, labels: Tensor) -> Tensor:
+    def eager(
+        self, hidden: Tensor, weight: Tensor, *, teacher: kd.LinearTeacher | kd.TopKTeacher, labels: Tensor
+    ) -> Tensor:
         """The same as it is usually written in PyTorch; bfloat16 logits are upcast, as Transformers does."""
         student_logits = F.linear(hidden, weight).float().flatten(0, -2)
-        teacher_logits = F.linear(*teacher).float().flatten(0, -2)
-        divergence = eager_divergence(
-            self.divergence,
-            F.log_softmax(teacher_logits / self.temperature, dim=-1),
-            F.log_softmax(student_logits / self.temperature, dim=-1),
-        )
+        log_q = F.log_softmax(student_logits / self.temperature, dim=-1)
+        if isinstance(teacher, kd.TopKTeacher):
+            log_p, log_q = bucketed(teacher, log_q)
+        else:
+            log_p = F.log_softmax(F.linear(*teacher).float().flatten(0, -2) / self.temperature, dim=-1)
+        divergence = eager_divergence(self.divergence, log_p, log_q)
         cross_entropy = F.cross_entropy(student_logits, labels.flatten())
         return self.kd_weight * self.temperature**2 * divergence + self.ce_weight * cross_entropy
+
+
+def bucketed(teacher: kd.TopKTeacher, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Both models' log-probabilities of the tokens that the teacher names, and of all others as one more token."""
+    strong_p = teacher.logprobs.float().flatten(0, -2)
+    strong_q = log_q.gather(-1, teacher.ids.long().flatten(0, -2))
+    return with_the_rest(strong_p), with_the_rest(strong_q)
+
+
+def with_the_rest(log_probs: Tensor) -> Tensor:
+    mass = log_probs.logsumexp(-1, keepdim=True).clamp(max=-1e-7)  # rounding may take a sum of probabilities to 1
+    return torch.cat([log_probs, torch.log(-torch.expm1(mass))], dim=-1)
 
 
 def eager_divergence(divergence: kd.Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -14,10 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from terms import Terms
 
+import kdkernels as kd
+
 HARD_LABELS = "hard labels"
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
-_COLORS = ("#7f7f7f", "#0072b2", "#d55e00", "#cc79a7")
+_COLORS = ("#7f7f7f", "#0072b2", "#d55e00", "#cc79a7", "#e69f00")
 _EAGER, _OURS = "#bbbbbb", "#009e73"
 
 
@@ -27,6 +29,50 @@ class Curve:
 
     steps: list[int]
     losses: list[float]
+
+    def add(self, step: int, loss: float) -> None:
+        self.steps.append(step)
+        self.losses.append(loss)
+
+
+@dataclass(frozen=True)
+class TeacherFile:
+    """What the teacher wrote of its distributions, and what all of its logits would have been."""
+
+    name: str
+    tail: str  # what the student made of the tokens that are not in it
+    dtype: str
+    positions: int
+    tokens_per_position: float
+    mass: float  # the teacher's probability of these tokens, on average
+    megabytes: float
+    megabytes_of_logits: float  # of the same positions, in the same dtype
+
+    @classmethod
+    def measure(cls, file: kd.TopKCache, tail: str) -> TeacherFile:
+        tokens, mass = 0, 0.0
+        for teacher in file:
+            tokens += int((teacher.ids >= 0).sum())
+            mass += float(teacher.logprobs.float().exp().sum())
+        return cls(
+            name=Path(file.path).name,
+            tail=tail,
+            dtype=str(file.dtype).removeprefix("torch."),
+            positions=file.tokens,
+            tokens_per_position=tokens / file.tokens,
+            mass=mass / file.tokens,
+            megabytes=Path(file.path).stat().st_size / 1e6,
+            megabytes_of_logits=file.tokens * file.vocab_size * file.dtype.itemsize / 1e6,
+        )
+
+    def summary(self) -> str:
+        times = self.megabytes_of_logits / self.megabytes
+        return (
+            f"{self.name}: {self.tokens_per_position:.0f} tokens at each of {self.positions:,} positions, which hold "
+            f"{self.mass:.1%} of the teacher's probability;\nthe others count as one ({self.tail}). "
+            f"{self.megabytes:,.1f} MB, where all logits in {self.dtype} take {self.megabytes_of_logits:,.1f} MB, "
+            f"{times:.0f} times as much."
+        )
 
 
 @dataclass(frozen=True)
@@ -46,6 +92,7 @@ class Results:
     teacher_curve_loss: float  # on the curves' part of the held-out text
     curves: dict[str, Curve]
     terms: Terms
+    teacher_file: TeacherFile
     cost_shape: str
     eager_costs: dict[str, Cost]
     fused_costs: dict[str, Cost]
@@ -53,7 +100,8 @@ class Results:
 
     def summary(self) -> str:
         """Everything a reader wants on the console."""
-        sections = [self.models_table(), self.cost_table(), self.terms.summary(), self.verdict(), self.timing()]
+        sections = [self.models_table(), self.teacher_file.summary(), self.cost_table(), self.terms.summary()]
+        sections += [self.verdict(), self.timing()]
         return "\n\n".join(sections)
 
     def models_table(self) -> str:
@@ -148,7 +196,7 @@ class Results:
             bars = axes.barh(places, [value or 0.0 for value in values], height, color=color, label=label)
             numbers = ["n/a" if value is None else f"{value:,.0f}" for value in values]
             axes.bar_label(bars, numbers, padding=3, fontsize=9)
-        axes.set_yticks(range(len(self.eager_costs)), self.eager_costs)
+        axes.set_yticks(range(len(self.eager_costs)), [textwrap.fill(name, 18) for name in self.eager_costs])
         axes.invert_yaxis()
         axes.margins(x=0.15)  # room for the numbers
         axes.set_title(title, fontsize=11)

@@ -13,7 +13,7 @@ from benchmarks.environment import ROOT
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/decoupled.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/decoupled.md", "docs/sparse-teachers.md"])
 def test_the_examples_run_in_order(document):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
     assert len(blocks) >= 3

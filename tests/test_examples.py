@@ -20,13 +20,22 @@ def test_the_demo_at_a_small_size(tmp_path):
     assert "From hidden states to the gradients of hidden states and head weight" in run.stdout
     assert "eager  kdkernels" in run.stdout
     results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results["student_losses"]) == {"hard labels", "forward KL", "skew forward KL", "CAKD, top 32"}
+    from_file = "forward KL, top 64 from a file"
+    assert set(results["student_losses"]) == {"hard labels", "forward KL", "skew forward KL", "CAKD, top 32", from_file}
+    assert results["student_losses"][from_file] != results["student_losses"]["hard labels"]
     terms = results["terms"]
     for name in ("bcd", "scd", "wcd", "strong_mass_teacher", "strong_mass_student"):
         assert len(terms[name]) == results["settings"]["steps"]
         assert all(0 <= value < 100 for value in terms[name])
     for cost, eager in zip(results["fused_costs"].values(), results["eager_costs"].values(), strict=True):
         assert abs(cost["loss"] / eager["loss"] - 1) < 1e-5
+    written, settings = results["teacher_file"], results["settings"]
+    positions = settings["steps"] * settings["sequences"] * settings["context"]
+    assert (written["positions"], written["tokens_per_position"]) == (positions, 64)
+    assert 0 < written["mass"] < 1
+    with kd.TopKCache(tmp_path / written["name"]) as file:
+        assert len(file) == settings["steps"] * settings["sequences"]
+        assert file[0].ids.shape == (settings["context"], 64)
     for plot in ("distillation.png", "decoupled.png"):
         assert (tmp_path / plot).stat().st_size > 10_000
 
@@ -47,17 +56,19 @@ def test_the_demos_losses_under_autocast(monkeypatch):
     teacher.requires_grad_(False)
     ids, labels = torch.randint(0, settings.vocab_size, (2, 2, settings.context))
     frozen = kd.LinearTeacher(training.compute_hidden(teacher, ids), training.head_weight(teacher))
+    cases = [(objective, frozen) for objective in distill.OBJECTIVES.values()]
+    cases.append((distill.FILE_OBJECTIVE, distill.likeliest(frozen)))
 
     trainer = training.Trainer(student, steps=1, rates=settings.student_rates)
 
-    def gradients(loss):
+    def gradients(loss, given):
         student.zero_grad()
-        value = trainer.backward(ids, partial(loss, teacher=frozen, labels=labels))
+        value = trainer.backward(ids, partial(loss, teacher=given, labels=labels))
         return value, [parameter.grad for parameter in student.parameters()]
 
-    for objective in distill.OBJECTIVES.values():
-        fused, fused_gradients = gradients(objective.fused)
-        eager, eager_gradients = gradients(objective.eager)
+    for objective, given in cases:
+        fused, fused_gradients = gradients(objective.fused, given)
+        eager, eager_gradients = gradients(objective.eager, given)
         torch.testing.assert_close(fused, eager, rtol=1e-4, atol=0)
         for ours, theirs in zip(fused_gradients, eager_gradients, strict=True):
             assert ours.dtype == torch.float32
