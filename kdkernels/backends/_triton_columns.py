@@ -88,10 +88,10 @@ def _whole_chunks(columns, begin, end):
 
 
 @triton.jit
-def read(row, columns, begin, end, EDGE: tl.constexpr, P: tl.constexpr, EVICT: tl.constexpr = ""):
+def read(row, columns, begin, end, EDGE: tl.constexpr, P: tl.constexpr, EVICT: tl.constexpr = None):
     """A row's logits as fp32. In an EDGE block, columns outside [begin, end) are not read and come out as 0.
 
-    EVICT: the eviction policy of blocks inside the row.
+    EVICT: the eviction policy of blocks inside the row, where they have one.
     """
     if EDGE:
         valid = (columns >= begin) & (columns < end)
@@ -103,6 +103,8 @@ def read(row, columns, begin, end, EDGE: tl.constexpr, P: tl.constexpr, EVICT: t
             x = tl.where(whole, x, rest)
         else:
             x = tl.load(row + columns, mask=valid, other=0.0)
+    elif EVICT is None:
+        x = tl.load(row + columns)
     else:
         x = tl.load(row + columns, eviction_policy=EVICT)
     return x.to(tl.float32)
