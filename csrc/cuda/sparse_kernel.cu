@@ -31,11 +31,7 @@ __global__ void __launch_bounds__(kMaxConsumers + kSparseHelpers, 1) sparse_clus
   }
   __syncthreads();
   cluster_sync();
-  // Who reads the workspace waits until all of the cluster's rows are prepared.
-  const auto when_prepared = [] {
-    cluster_arrive();
-    cluster_wait();
-  };
+  // Who reads the workspace waits here until all of the cluster's rows are prepared, the others when all is done.
   const int begin = rank * problem.share;
   if (warp < warps) {
     if constexpr (Prepares) prepare<T>(problem, first_row, row_step, rank * warps + warp, blocks * warps, lane);
@@ -55,11 +51,11 @@ __global__ void __launch_bounds__(kMaxConsumers + kSparseHelpers, 1) sparse_clus
     __syncwarp();
     cluster_wait();
   } else if (warp == warps + 2) {
-    when_prepared();
+    cluster_sync();
     Patch<T>(problem, &sparse_memory, begin, lane).serve(first_row, row_step);
     __syncwarp();
   } else {
-    when_prepared();
+    cluster_sync();
     SparseTotals<T>(problem, headers, &exchange_memory, &sparse_memory, blocks, rank, warps, lane).serve(first_row, row_step);
     __syncwarp();
   }
