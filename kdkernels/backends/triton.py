@@ -36,7 +36,7 @@ MOST_COUNTED = 2**24
 SCALE_BLOCK = 4096
 SCALE_PROGRAMS = 512  # about four a multiprocessor
 # A sparse teacher's kernel: threads of a program at most, and blocks that its sweeps load at once. Beside its sweeps a
-# program does the same work in every thread, so that fewer threads do less. Chosen from instruction counts.
+# program does the same work in every thread, so that fewer threads do less. Measured on an H100 (docs/performance.md).
 SPARSE_THREADS = 512
 SPARSE_UNROLL = 1
 
