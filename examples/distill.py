@@ -6,8 +6,9 @@ over the whole vocabulary. The loss of these is `kdkernels.LinearDistillationLos
 and heads, and forms logits a chunk of tokens at a time. The teacher takes more steps than a student, as teachers do:
 part of what it passes on comes from text that no student reads.
 
-One more student learns without a teacher at its side. While the others train, the teacher's likeliest tokens of each
-position are written to a file; that student has nothing but this file and the text.
+One more student learns without a teacher at its side. While the others train, a few tokens of the teacher's
+distribution at each position are written to a file: the likeliest, or with --file draws, tokens drawn from it. That
+student has nothing but this file and the text.
 
 The students differ in nothing but the loss: same shape, same initial weights, same learning rate, the same batches in
 the same order (those with the teacher side by side, so that one pass of the teacher's blocks serves them all). What is
@@ -111,12 +112,31 @@ OBJECTIVES = {
     CAKD: Objective(kd.CAKD(2.0, 0.5, kd.TopK(32)), temperature=1.0, kd_weight=0.5, ce_weight=0.5),
 }
 
-# How many tokens of a position the teacher's file holds, and the student that knows no more of the teacher. Its loss is
-# the first one above, but for the tokens that are not in the file: these count as one.
-FILE_TOKENS = 64
-FILE_TAIL = "bucket"
-FILE_OBJECTIVE = OBJECTIVES["forward KL"]
-FROM_FILE = f"forward KL, top {FILE_TOKENS} from a file"
+FILE_TOKENS = 64  # of a position
+
+
+@dataclasses.dataclass(frozen=True)
+class FileKind:
+    """What the teacher writes to its file, and what the student makes of tokens that are not in it."""
+
+    student: str
+    choose: Callable[[Tensor], kd.TopKTeacher]  # from logits
+    tail: str
+
+
+FILES = {
+    "top": FileKind(
+        f"forward KL, top {FILE_TOKENS} from a file", partial(kd.TopKTeacher.from_logits, k=FILE_TOKENS), "bucket"
+    ),
+    "draws": FileKind(
+        f"forward KL, {FILE_TOKENS} draws from a file", partial(kd.TopKTeacher.sample, draws=FILE_TOKENS), "drop"
+    ),
+}
+# Chosen in runs of one seed, too: kd_weight among 0.5, 0.8 and 1, the top's tail among all four (drop at 0.5 alone).
+# A third of this teacher's probability is outside its top 64, and at kd_weight 1, without cross-entropy, no student of
+# the top came up to hard labels. Draws did better than any of the top, and at all three weights about as well as the
+# student beside the whole teacher.
+FILE_OBJECTIVE = Objective(kd.ForwardKL(), temperature=1.0, kd_weight=0.8, ce_weight=0.2)
 
 
 class Stopwatch:
@@ -169,12 +189,13 @@ def train_students(
     settings: Settings,
     device: torch.device,
     held_out: list[Batch],
+    kind: FileKind,
     file: kd.TopKCacheWriter,
 ) -> tuple[dict[str, nn.Module], dict[str, Curve], Terms]:
     """All students that see the teacher, step by step on the same batches, hard labels first.
 
-    What the teacher thinks of each sequence goes into the file, in the order of the batches. Returns the students,
-    their held-out losses, and the terms of the decoupled divergence at every step.
+    What the file is to hold of the teacher goes there sequence by sequence, in the order of the batches. Returns the
+    students, their held-out losses, and the terms of the decoupled divergence at every step.
     """
     objectives: dict[str, Objective | None] = {HARD_LABELS: None, **OBJECTIVES}
     trainers = {name: new_student(corpus, settings, device) for name in objectives}
@@ -183,7 +204,7 @@ def train_students(
     for step, (ids, labels), bar in training_batches(corpus, settings, settings.steps, device, "students"):
         with torch.no_grad():
             frozen = kd.LinearTeacher(compute_hidden(teacher, ids), head_weight(teacher))
-        file.write(likeliest(frozen))
+        file.write(kind.choose(teacher_logits(frozen)))
         for name, objective in objectives.items():
             record = recorder.record if name == CAKD else None
             trainers[name].step(ids, student_loss(objective, frozen, labels, record))
@@ -195,20 +216,19 @@ def train_students(
 
 
 @torch.no_grad()
-def likeliest(teacher: kd.LinearTeacher) -> kd.TopKTeacher:
-    """The teacher's most likely tokens at every position, from float32 logits that exist for one batch."""
-    logits = F.linear(teacher.hidden.float(), teacher.weight.float())
-    return kd.TopKTeacher.from_logits(logits, FILE_TOKENS, tail=FILE_TAIL)
+def teacher_logits(teacher: kd.LinearTeacher) -> Tensor:
+    """(sequences, tokens, vocabulary) in float32: of one batch, and not for long."""
+    return F.linear(teacher.hidden.float(), teacher.weight.float())
 
 
 def train_from_file(
-    file: kd.TopKCache, corpus: Corpus, settings: Settings, device: torch.device, held_out: list[Batch]
+    file: kd.TopKCache, tail: str, corpus: Corpus, settings: Settings, device: torch.device, held_out: list[Batch]
 ) -> tuple[nn.Module, Curve]:
     """A student like the others that never meets the teacher: sequence i of the file is the i-th of the batches."""
     trainer, curve = new_student(corpus, settings, device), Curve([], [])
     for step, (ids, labels), bar in training_batches(corpus, settings, settings.steps, device, "from the file"):
         last = step * settings.sequences
-        teacher = file.batch(range(last - settings.sequences, last), tail=FILE_TAIL, device=device)
+        teacher = file.batch(range(last - settings.sequences, last), tail=tail, device=device)
         trainer.step(ids, partial(FILE_OBJECTIVE.fused, teacher=teacher, labels=labels))
         if measures_at(step, settings):
             curve.add(step, held_out_loss(trainer.model, held_out, device))
@@ -229,7 +249,7 @@ def student_loss(
 
 
 def measure_costs(
-    teacher: nn.Module, student: nn.Module, batch: Batch, runs: int, device: torch.device
+    teacher: nn.Module, student: nn.Module, batch: Batch, kind: FileKind, runs: int, device: torch.device
 ) -> tuple[str, dict[str, Cost], dict[str, Cost]]:
     """What each objective costs on the hidden states that the trained models give for a batch, eagerly and fused."""
     ids, labels = (tensor.to(device) for tensor in batch)
@@ -239,7 +259,7 @@ def measure_costs(
     weight = head_weight(student)
     cases: dict[str, tuple[Objective, kd.LinearTeacher | kd.TopKTeacher]] = {
         **{name: (objective, frozen) for name, objective in OBJECTIVES.items()},
-        FROM_FILE: (FILE_OBJECTIVE, likeliest(frozen)),
+        kind.student: (FILE_OBJECTIVE, kind.choose(teacher_logits(frozen))),
     }
 
     def cost(loss: Callable[..., Tensor], teacher: kd.LinearTeacher | kd.TopKTeacher) -> Cost:
@@ -262,8 +282,9 @@ def describe_environment(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
 
 
-def run(settings: Settings, device: torch.device, output: Path) -> Results:
+def run(settings: Settings, device: torch.device, output: Path, file_kind: str) -> Results:
     """The whole demo: text, teacher, students, losses, costs. The teacher's file goes into the folder ``output``."""
+    kind = FILES[file_kind]
     stopwatch = Stopwatch()
     environment = describe_environment(device)
     print(environment)
@@ -278,16 +299,17 @@ def run(settings: Settings, device: torch.device, output: Path) -> Results:
     with stopwatch("teacher"):
         teacher = train_teacher(corpus, settings, device)
     teacher.requires_grad_(False)
-    path = output / f"teacher-top-{FILE_TOKENS}.safetensors"
+    path = output / f"teacher-{file_kind}-{FILE_TOKENS}.safetensors"
     about = {"teacher": f"Llama, {count_parameters(teacher):,} parameters, seed {settings.seed}"}
     with (
         stopwatch("students"),
         kd.TopKCacheWriter(path, vocab_size=corpus.vocab_size, dtype=torch.bfloat16, metadata=about) as writer,
     ):
-        students, curves, terms = train_students(teacher, corpus, settings, device, curve_batches, writer)
+        students, curves, terms = train_students(teacher, corpus, settings, device, curve_batches, kind, writer)
     with stopwatch("student from the file"), kd.TopKCache(path) as file:
-        students[FROM_FILE], curves[FROM_FILE] = train_from_file(file, corpus, settings, device, curve_batches)
-        teacher_file = TeacherFile.measure(file, FILE_TAIL)
+        student, curve = train_from_file(file, kind.tail, corpus, settings, device, curve_batches)
+        students[kind.student], curves[kind.student] = student, curve
+        teacher_file = TeacherFile.measure(file, file_kind, kind.tail)
     with stopwatch("held-out losses"):
         models = {"teacher": teacher, **students}
         losses = {
@@ -296,10 +318,11 @@ def run(settings: Settings, device: torch.device, output: Path) -> Results:
         }
         teacher_curve_loss = held_out_loss(teacher, curve_batches, device)
     with stopwatch("costs"):
-        shape, eager, fused = measure_costs(teacher, students[HARD_LABELS], held_out[0], settings.cost_runs, device)
+        student, batch = students[HARD_LABELS], held_out[0]
+        shape, eager, fused = measure_costs(teacher, student, batch, kind, settings.cost_runs, device)
 
     tokens_per_batch = settings.context * settings.sequences
-    objectives = {**OBJECTIVES, FROM_FILE: FILE_OBJECTIVE}
+    objectives = {**OBJECTIVES, kind.student: FILE_OBJECTIVE}
     return Results(
         settings={**dataclasses.asdict(settings), "objectives": {name: str(o) for name, o in objectives.items()}},
         environment=environment,
@@ -328,6 +351,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--teacher-steps", type=int, help="training steps of the teacher")
     parser.add_argument("--seed", type=int, help="of the split, the initial weights and the batches")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--file", choices=FILES, default="top", help="what the teacher writes (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for all that is written")
     parser.add_argument("--smoke", action="store_true", help="tiny models and few steps: does it run at all?")
     return parser.parse_args()
@@ -341,7 +365,7 @@ def main() -> None:
     )
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     arguments.output.mkdir(parents=True, exist_ok=True)
-    results = run(settings, device, arguments.output)
+    results = run(settings, device, arguments.output, arguments.file)
     print(f"\n{results.summary()}")
     results.save_json(arguments.output / "results.json")
     results.save_plot(arguments.output / "distillation.png")

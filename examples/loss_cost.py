@@ -71,9 +71,11 @@ class Objective:
 
 def bucketed(teacher: kd.TopKTeacher, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """Both models' log-probabilities of the tokens that the teacher names, and of all others as one more token."""
-    strong_p = teacher.logprobs.float().flatten(0, -2)
-    strong_q = log_q.gather(-1, teacher.ids.long().flatten(0, -2))
-    return with_the_rest(strong_p), with_the_rest(strong_q)
+    ids = teacher.ids.long().flatten(0, -2)
+    strong_p, strong_q = teacher.logprobs.float().flatten(0, -2), log_q.gather(-1, ids.clamp(min=0))
+    # A negative id is no token: next to no probability for both models, as 0·log 0 would be NaN.
+    log_p, log_q = (with_the_rest(strong.masked_fill(ids < 0, -100.0)) for strong in (strong_p, strong_q))
+    return log_p, log_q
 
 
 def with_the_rest(log_probs: Tensor) -> Tensor:

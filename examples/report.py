@@ -40,22 +40,24 @@ class TeacherFile:
     """What the teacher wrote of its distributions, and what all of its logits would have been."""
 
     name: str
+    kind: str  # "top" or "draws"
     tail: str  # what the student made of the tokens that are not in it
     dtype: str
     positions: int
-    tokens_per_position: float
-    mass: float  # the teacher's probability of these tokens, on average
+    tokens_per_position: float  # different ones
+    mass: float  # what is given as their probability, on average
     megabytes: float
     megabytes_of_logits: float  # of the same positions, in the same dtype
 
     @classmethod
-    def measure(cls, file: kd.TopKCache, tail: str) -> TeacherFile:
+    def measure(cls, file: kd.TopKCache, kind: str, tail: str) -> TeacherFile:
         tokens, mass = 0, 0.0
         for teacher in file:
             tokens += int((teacher.ids >= 0).sum())
             mass += float(teacher.logprobs.float().exp().sum())
         return cls(
             name=Path(file.path).name,
+            kind=kind,
             tail=tail,
             dtype=str(file.dtype).removeprefix("torch."),
             positions=file.tokens,
@@ -66,12 +68,15 @@ class TeacherFile:
         )
 
     def summary(self) -> str:
+        what = f"{self.tokens_per_position:.0f} tokens at each of {self.positions:,} positions"
+        if self.kind == "draws":
+            what = f"{what}, drawn from the teacher."
+        else:
+            what = f"{what}, which hold {self.mass:.1%} of the teacher's probability; the rest: {self.tail}."
         times = self.megabytes_of_logits / self.megabytes
         return (
-            f"{self.name}: {self.tokens_per_position:.0f} tokens at each of {self.positions:,} positions, which hold "
-            f"{self.mass:.1%} of the teacher's probability;\nthe others count as one ({self.tail}). "
-            f"{self.megabytes:,.1f} MB, where all logits in {self.dtype} take {self.megabytes_of_logits:,.1f} MB, "
-            f"{times:.0f} times as much."
+            f"{self.name}: {what}\n{self.megabytes:,.1f} MB, where all logits in {self.dtype} take "
+            f"{self.megabytes_of_logits:,.1f} MB, {times:.0f} times as much."
         )
 
 
