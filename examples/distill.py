@@ -66,7 +66,7 @@ STUDENT_RATES = Rates(blocks=4e-3, embedding=8e-3)
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Sizes and step counts; the defaults take five to six minutes on two CPU cores."""
+    """Sizes and step counts; the defaults take six to seven minutes on two CPU cores."""
 
     vocab_size: int = 16384
     documents: int | None = None  # only the first so many

@@ -72,7 +72,7 @@ class TeacherFile:
         if self.kind == "draws":
             what = f"{what}, drawn from the teacher."
         else:
-            what = f"{what}, which hold {self.mass:.1%} of the teacher's probability; the rest: {self.tail}."
+            what = f"{what}, {self.mass:.1%} of the teacher's probability; the rest: {self.tail}."
         times = self.megabytes_of_logits / self.megabytes
         return (
             f"{self.name}: {what}\n{self.megabytes:,.1f} MB, where all logits in {self.dtype} take "
