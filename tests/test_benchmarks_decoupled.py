@@ -223,9 +223,9 @@ def test_command_line_merges_a_family(monkeypatch, tmp_path, capsys):
     assert len(merged["results"]) == len(cases.full())
     assert "independent normal" in capsys.readouterr().out
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png"}
-    readme, page, _ = benchmarks_main.document_blocks().values()
-    assert "Decoupled losses on bf16 logits" in readme["rows-cuda"]
-    assert page["decoupled-cuda"] == report_decoupled.cuda(merged, tuple(cases.ROWS))
+    blocks = {path.name: block for path, block in benchmarks_main.document_blocks().items()}
+    assert "Decoupled losses on bf16 logits" in blocks["README.md"]["rows-cuda"]
+    assert blocks["decoupled.md"]["decoupled-cuda"] == report_decoupled.cuda(merged, tuple(cases.ROWS))
 
 
 def test_cpu_results_merge_too(tmp_path, capsys):
