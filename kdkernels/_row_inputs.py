@@ -8,6 +8,7 @@ from torch import Tensor
 from kdkernels._arguments import RowArguments
 from kdkernels.backends.native import RowOptions
 from kdkernels.divergences import Decoupled
+from kdkernels.ops import is_changing
 from kdkernels.strong_sets import Given
 
 
@@ -51,7 +52,8 @@ def row_scale(a: RowArguments) -> Tensor:  # (...)
     rows = a.rows.shape
     if a.labels is None and a.weight is None and not isinstance(a.normalizer, Tensor):
         by = (rows.numel() if a.normalizer is None else a.normalizer) if a.reduction == "mean" else 1
-        return torch.full(rows, 1 / by if by else 0.0, dtype=dtype, device=a.rows.device)
+        if a.normalizer is None or not is_changing(a.normalizer):
+            return torch.full(rows, 1 / by if by else 0.0, dtype=dtype, device=a.rows.device)
     scale = torch.ones(rows, dtype=dtype, device=a.rows.device)
     if a.labels is not None:
         scale = (a.labels != a.ignore_index).to(dtype)
@@ -81,4 +83,11 @@ def term_weights(a: RowArguments, scale: Tensor) -> Tensor | None:  # (3,)
     weights = a.divergence.weights() if isinstance(a.divergence, Decoupled) else ()
     if not any(isinstance(weight, Tensor) for weight in weights):
         return None
-    return torch.stack([w.detach().to(scale) if isinstance(w, Tensor) else scale.new_full((), w) for w in weights])
+    return torch.stack([_scalar(weight, scale) for weight in weights])
+
+
+def _scalar(number: float | Tensor, like: Tensor) -> Tensor:  # ()
+    if isinstance(number, Tensor):
+        return number.detach().to(like)
+    # Filled in, a number that changes would be compiled in: see ops.changing_numbers.
+    return like.new_ones(()) * number if is_changing(number) else like.new_full((), number)

@@ -19,7 +19,7 @@ def _check_finite(owner: object, **values: float) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{type(owner).__name__}: {name} must be a number, got {type(value).__name__}")
-        if not math.isfinite(value):
+        if not -math.inf < value < math.inf:  # not math.isfinite, which torch.compile cannot trace
             raise ValueError(f"{type(owner).__name__}: {name} must be finite, got {value}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -170,9 +171,10 @@ def _fused(a: LinearArguments, backend: str, compact: bool, return_stats: bool) 
         term_weights(a.rows, scale),
         members(a.rows),
     )
+    numbers = ops.changing_numbers(options)  # none in eager mode
     settings = (
         backend,
-        *ops.packed(options),
+        *ops.packed(options, numbers),
         a.compute_dtype,
         a.logits_dtype,
         a.workspace_bytes,
@@ -184,5 +186,6 @@ def _fused(a: LinearArguments, backend: str, compact: bool, return_stats: bool) 
     if ops.plain_eager(*tensors):
         loss, stats = ops.eager_linear_loss(*tensors, *settings)
     else:
-        loss, stats, *_ = ops.linear_loss(*tensors, *settings)
+        call = ops.linear_loss if numbers is None else partial(ops.linear_loss_changing, numbers)
+        loss, stats, *_ = call(*tensors, *settings)
     return loss if factor is None else loss * factor, stats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -76,7 +77,8 @@ def distillation_loss(
         labels: (...) int64, aligned with the logits: nothing is shifted. Rows whose label is ``ignore_index`` count
             for nothing and are not read.
         divergence: a :class:`~kdkernels.Divergence`, or the name of one with its default parameters.
-        temperature: T > 0, a number or one per row (...). A row whose entry is not positive comes out as NaN.
+        temperature: T > 0, a number, a 0-dim Tensor or one per row (...). A row whose entry is not positive comes out
+            as NaN.
         kd_weight: factor of the divergence.
         ce_weight: factor of the cross-entropy with ``labels``, always at temperature 1.
         scale_by_temperature: multiply the divergence by T², in loss and gradient.
@@ -154,5 +156,7 @@ def _fused(a: Arguments, backend: str, form_gradient: bool, inplace: bool, retur
     if ops.plain_eager(*tensors):
         loss, stats = ops.eager_row_loss(*tensors, backend, options, form_gradient, inplace)
     else:
-        loss, stats, _ = ops.row_loss(*tensors, backend, *ops.packed(options), form_gradient, True)
+        numbers = ops.changing_numbers(options)
+        call = ops.row_loss if numbers is None else partial(ops.row_loss_changing, numbers)
+        loss, stats, _ = call(*tensors, backend, *ops.packed(options, numbers), form_gradient, True)
     return loss if a.reduction == "none" else loss.sum(), stats

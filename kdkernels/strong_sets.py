@@ -6,7 +6,6 @@ no token of :class:`TopK` and decides the masses of :class:`TopP`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -69,7 +68,7 @@ class TopP(StrongSet):
     def __post_init__(self) -> None:
         if isinstance(self.mass, bool) or not isinstance(self.mass, (int, float)):
             raise TypeError(f"TopP: mass must be a number, got {type(self.mass).__name__}")
-        if not (math.isfinite(self.mass) and 0 < self.mass <= 1):
+        if not 0 < self.mass <= 1:
             raise ValueError(f"TopP: mass must lie in (0, 1], got {self.mass}")
 
     @property

@@ -65,7 +65,7 @@ class RowOptions:
 
     @property
     def reads_labels(self) -> bool:
-        return self.ce_weight != 0 or self.strong == "label"
+        return self.ce_weight > 0 or self.strong == "label"
 
 
 def number_of_stats(divergence: str, tail: str = "") -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import symbolic_shapes
 from torch.library import Library
 
 from kdkernels import backends
@@ -23,21 +25,64 @@ OPTIONS = (
 )
 
 
-def packed(o: RowOptions) -> tuple[Any, ...]:
+#: How many these are.
+PACKED = 15
+#: The fields of RowOptions that are numbers and may change from call to call; its parameters are others.
+NUMBERS = (
+    "strong_amount",
+    "temperature",
+    "kd_weight",
+    "ce_weight",
+    "student_logit_scale",
+    "student_softcap",
+    "teacher_logit_scale",
+    "teacher_softcap",
+)
+
+# torch 2.6 has neither.
+_has_static_value = getattr(symbolic_shapes, "has_static_value", None)
+_cudagraph_unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)
+
+
+def is_changing(*numbers: float) -> bool:
+    """Whether torch.compile takes one of these for a number that changes from call to call."""
+    if not torch.compiler.is_compiling() or _has_static_value is None or _cudagraph_unsafe is None:
+        return False
+    return not all(_has_static_value(number) for number in numbers)
+
+
+def changing_numbers(o: RowOptions) -> Tensor | None:
+    """NUMBERS and parameters as a tensor (fp64, on the CPU), where one of them is changing.
+
+    As floats of a schema they would be compiled in, and the graph compiled again for each of their values.
+    """
+    numbers = [getattr(o, name) for name in NUMBERS] + list(o.parameters)
+    if not is_changing(*numbers):
+        return None
+    one = torch.ones((), dtype=torch.float64, device="cpu")  # the compiler turns a product with a float into tensors'
+    return torch.stack([one * number for number in numbers])
+
+
+def packed(o: RowOptions, changing: Tensor | None = None) -> tuple[Any, ...]:
+    """The options in the order of OPTIONS, with 0 for each number that ``changing`` holds."""
+
+    def constant(number: float) -> float:
+        return number if changing is None else 0.0
+
     return (
         o.divergence,
-        list(o.parameters),
+        [constant(number) for number in o.parameters],
         o.strong,
-        o.strong_amount,
-        o.temperature,
-        o.kd_weight,
-        o.ce_weight,
+        constant(o.strong_amount),
+        constant(o.temperature),
+        constant(o.kd_weight),
+        constant(o.ce_weight),
         o.scale_by_temperature,
         o.vocab_size,
-        o.student_logit_scale,
-        o.student_softcap,
-        o.teacher_logit_scale,
-        o.teacher_softcap,
+        constant(o.student_logit_scale),
+        constant(o.student_softcap),
+        constant(o.teacher_logit_scale),
+        constant(o.teacher_softcap),
         o.tail,
         o.whole,
     )
@@ -64,6 +109,59 @@ def unpacked(values: Sequence[Any], *, scale_gradient: bool) -> RowOptions:
         strong_amount=strong_amount,
         tail=tail,
         whole=whole,
+    )
+
+
+def _with_numbers(arguments: Sequence[Any], first: int, changing: Tensor) -> tuple[Any, ...]:
+    """An operator's arguments, those from ``first`` on packed options, with the numbers that it is told."""
+    options = unpacked(arguments[first : first + PACKED], scale_gradient=True)
+    numbers = changing.tolist()
+    fields = dict(zip(NUMBERS, numbers[: len(NUMBERS)], strict=True))
+    told = replace(options, **fields, parameters=tuple(numbers[len(NUMBERS) :]))
+    return (*arguments[:first], *packed(told), *arguments[first + PACKED :])
+
+
+def register(
+    name: str,
+    schema: str,
+    compute: Callable[..., tuple[Tensor, ...]],
+    fake: Callable[..., tuple[Tensor, ...]],
+    setup_context: Callable[..., None],  # of ctx, inputs, output, numbers
+    backward: Callable[..., tuple[Tensor | None, ...]],
+    *,
+    options_at: int,
+    tags: Sequence[torch.Tag] = (),
+) -> tuple[Any, Any]:
+    """Operators ``name``, and ``name``_changing, which is told :func:`changing_numbers` before all else.
+
+    The latter reads them on the CPU as it runs: a CUDA graph would keep what it read.
+    """
+
+    def compute_changing(numbers: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        return compute(*_with_numbers(arguments, options_at, numbers))
+
+    def fake_changing(numbers: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        return fake(*arguments)
+
+    def setup_changing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        setup_context(ctx, inputs[1:], output, inputs[0])
+
+    def backward_changing(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, *backward(ctx, *gradients))
+
+    def add(name: str, schema: str, more: Sequence[torch.Tag], *how: Callable[..., Any]) -> Any:
+        compute, fake, setup, backward = how
+        LIBRARY.define(f"{name}({schema}", tags=(torch.Tag.pt2_compliant_tag, *tags, *more))
+        LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"kdkernels::{name}", fake, lib=LIBRARY)
+        torch.library.register_autograd(f"kdkernels::{name}", backward, setup_context=setup, lib=LIBRARY)
+        return getattr(torch.ops.kdkernels, name).default
+
+    changing = (compute_changing, fake_changing, setup_changing, backward_changing)
+    unsafe = () if _cudagraph_unsafe is None else (_cudagraph_unsafe,)
+    return (
+        add(name, schema, (), compute, fake, setup_context, backward),
+        add(f"{name}_changing", f"Tensor numbers, {schema}", unsafe, *changing),
     )
 
 

@@ -7,6 +7,7 @@ forms none: its backward is the operator once more, with the rows scaled by what
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,16 +16,14 @@ from torch import Tensor
 from kdkernels import _gathered_rows, _linear_rows
 from kdkernels._linear_rows import LinearProblem, Wanted, compacted
 from kdkernels.backends.native import number_of_stats
-from kdkernels.ops._shared import LIBRARY, OPTIONS, plain_eager, refuse_double_backward, scaled, unpacked
+from kdkernels.ops._shared import OPTIONS, plain_eager, refuse_double_backward, register, scaled, unpacked
 
-LIBRARY.define(
-    "linear_loss("
+_SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor teacher, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? labels, Tensor row_scale, Tensor? temperatures, Tensor? weights, Tensor? members, str backend, "
     f"{OPTIONS}, ScalarType? compute_dtype, ScalarType logits_dtype, SymInt? workspace_bytes, bool compact, "
     "bool per_row, bool[] gradients, bool own_gradients"
-    ") -> (Tensor loss, Tensor stats, Tensor of_hidden, Tensor of_weight, Tensor of_bias)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    ") -> (Tensor loss, Tensor stats, Tensor of_hidden, Tensor of_weight, Tensor of_bias)"
 )
 _OPERANDS = 12  # tensors and backend, before the packed options
 _TAIL = _OPERANDS + 13  # where these name a sparse teacher's tail
@@ -148,7 +147,9 @@ def _linear_loss_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], numbers: Tensor | None = None
+) -> None:
     _, stats, *gradients = output
     per_row, ctx.own_gradients = inputs[-3], inputs[-1]
     ctx.mark_non_differentiable(stats, *gradients)
@@ -158,7 +159,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.settings = inputs[_OPERANDS:]
     if per_row:
         # Autograd saves no tensor that was made in inference mode, as a teacher's may be.
-        operands = inputs[: _OPERANDS - 1]
+        operands = (*inputs[: _OPERANDS - 1], numbers)
         ctx.of_inference = [x if isinstance(x, Tensor) and x.is_inference() else None for x in operands]
         ctx.save_for_backward(
             *(x if kept is None else None for x, kept in zip(operands, ctx.of_inference, strict=True))
@@ -201,8 +202,10 @@ def _recomputed(ctx: Any, of_loss: Tensor) -> tuple[list[Tensor], Tensor | None]
     *settings, _, gradients, _ = ctx.settings
     *_, compute_dtype, _, _, _ = settings
     operands[7], factor = relative(scale, compute_dtype or ctx.dtypes[0])
-    detached = [None if operand is None else operand.detach() for operand in operands]
+    *detached, numbers = (None if operand is None else operand.detach() for operand in operands)
     call: Callable[..., tuple[Tensor, ...]] = _linear_loss if plain_eager(*detached) else linear_loss
+    if numbers is not None:
+        call = partial(linear_loss_changing, numbers)
     found = call(*detached, ctx.backend, *settings, False, gradients, True)
     return list(found[2:]), factor
 
@@ -215,12 +218,11 @@ def relative(scale: Tensor, compute_dtype: torch.dtype) -> tuple[Tensor, Tensor 
     return torch.where(largest == 0, 0, FP16_SCALE * (scale / largest)), largest / FP16_SCALE
 
 
-LIBRARY.impl("linear_loss", _linear_loss, "CompositeExplicitAutograd")
-torch.library.register_fake("kdkernels::linear_loss", _linear_loss_fake, lib=LIBRARY)
-torch.library.register_autograd("kdkernels::linear_loss", _backward, setup_context=_setup_context, lib=LIBRARY)
-
 #: loss () or (...), stats (4, 7 or 9, ...), and the gradients of hidden, weight and bias or (0,): see the schema above.
-linear_loss = torch.ops.kdkernels.linear_loss.default
+#: The second is told changing numbers before all else.
+linear_loss, linear_loss_changing = register(
+    "linear_loss", _SCHEMA, _linear_loss, _linear_loss_fake, _setup_context, _backward, options_at=_OPERANDS
+)
 
 
 class EagerLinearLoss(torch.autograd.Function):

@@ -12,14 +12,12 @@ from torch import Tensor
 
 from kdkernels import backends
 from kdkernels.backends.native import RowOptions, number_of_stats
-from kdkernels.ops._shared import LIBRARY, OPTIONS, refuse_double_backward, scaled, unpacked
+from kdkernels.ops._shared import OPTIONS, refuse_double_backward, register, scaled, unpacked
 
-LIBRARY.define(
-    "row_loss("
+_SCHEMA = (
     "Tensor student, Tensor teacher, Tensor? labels, Tensor row_scale, Tensor? temperatures, "
     f"Tensor? weights, Tensor? members, str backend, {OPTIONS}, bool form_gradient, bool own_gradient"
-    ") -> (Tensor loss, Tensor stats, Tensor gradient)",
-    tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag),
+    ") -> (Tensor loss, Tensor stats, Tensor gradient)"
 )
 
 
@@ -72,7 +70,9 @@ def _incoming(gradient_of_loss: Tensor, row_scale: Tensor, late: bool) -> Tensor
     return torch.where(row_scale != 0, factors * row_scale, 1) if late else factors
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor], numbers: Tensor | None = None
+) -> None:
     student, row_scale, backend, own_gradient = inputs[0], inputs[3], inputs[7], inputs[-1]
     _, stats, gradient = output
     ctx.mark_non_differentiable(stats, gradient)
@@ -94,12 +94,18 @@ def _backward(ctx: Any, of_loss: Tensor | None, *_: Tensor | None) -> tuple[Tens
     return (scaled(gradient, factors, ctx.backend, own=ctx.own_gradient), *nothing)
 
 
-LIBRARY.impl("row_loss", _row_loss, "CompositeExplicitAutograd")
-torch.library.register_fake("kdkernels::row_loss", _row_loss_fake, lib=LIBRARY)
-torch.library.register_autograd("kdkernels::row_loss", _backward, setup_context=_setup_context, lib=LIBRARY)
-
-#: loss (...), stats (4, 7 or 9, ...), gradient (..., V) or (0,): see the schema above.
-row_loss = torch.ops.kdkernels.row_loss.default
+#: loss (...), stats (4, 7 or 9, ...), gradient (..., V) or (0,): see the schema above. The second is told changing
+#: numbers before all else.
+row_loss, row_loss_changing = register(
+    "row_loss",
+    _SCHEMA,
+    _row_loss,
+    _row_loss_fake,
+    _setup_context,
+    _backward,
+    options_at=8,
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
 
 
 class EagerRowLoss(torch.autograd.Function):
