@@ -205,12 +205,20 @@ def test_compile_fullgraph(dtype, reduction):
 
 def test_compile_dynamic_shapes():
     torch._dynamo.reset()
-    compiled = torch.compile(lambda z, y: kd.distillation_loss(z, y, temperature=2.0), fullgraph=True, dynamic=True)
-    for rows, width in ((3, 50), (4, 60), (7, 33)):
+
+    def step(z, y, temperature, kd_weight):
+        return kd.distillation_loss(z, y, temperature=temperature, kd_weight=kd_weight)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for rows, width, *numbers in ((3, 50, 2.0, 1.0), (4, 60, 1.5, 0.5), (7, 33, 0.7, 0.25)):
         student, teacher = logits_pair(rows, width)
         one, two = student.clone().requires_grad_(), student.clone().requires_grad_()
-        compiled(one, teacher).backward()
-        kd.distillation_loss(two, teacher, temperature=2.0).backward()
+        with torch.compiler.set_stance("default" if rows == 3 else "fail_on_recompile"):
+            loss = compiled(one, teacher, *numbers)
+        expected = step(two, teacher, *numbers)
+        loss.backward()
+        expected.backward()
+        assert_near("loss", loss, expected, 1e-6)
         assert_near("gradient", one.grad, two.grad, 1e-6)
 
 
