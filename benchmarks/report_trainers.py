@@ -10,21 +10,21 @@ HEADS = ("", "ms a step", "times faster", "peak MiB", "of its peak", "first step
 
 
 def _rows(result: Result, every: bool) -> list[list[str]]:
-    """A line per implementation that ran; the first of a field is what the others of it are compared with."""
+    """A line per implementation that ran; the first of a field, if it ran, is what the others of it are compared with."""
     rows = []
     peers: dict[str, dict[str, Any]] = {}
     for line in result["results"][0]["rows"]:
+        peer = peers.setdefault(line["field"], line)
         if "milliseconds" not in line:
             continue
-        peer = peers.setdefault(line["field"], line) if line["field"] else None
-        compared = peer is not None and peer is not line
+        compared = peer is not line and "milliseconds" in peer
         peak = line["peak_mib"]
         cells = [
             f"{line['field']}: {line['implementation']}" if line["field"] else line["implementation"],
             f"{line['milliseconds']:.1f}" if every else f"{line['milliseconds']:.0f}",
-            f"{peer['milliseconds'] / line['milliseconds']:.2f}" if compared and peer else "–",
+            f"{peer['milliseconds'] / line['milliseconds']:.2f}" if compared else "–",
             "n/a" if peak is None else f"{peak:.0f}",
-            f"{100 * peak / peer['peak_mib']:.0f} %" if compared and peer and peak is not None else "–",
+            f"{100 * peak / peer['peak_mib']:.0f} %" if compared and peak is not None else "–",
         ]
         if line["field"]:
             cells += [f"{line['loss']:.6g}", f"{line['gradient_norm']:.5g}"]
