@@ -10,7 +10,7 @@ HEADS = ("", "ms a step", "times faster", "peak MiB", "of its peak", "first step
 
 
 def _rows(result: Result, every: bool) -> list[list[str]]:
-    """A line per implementation that ran; the first of a field, if it ran, is what the others of it are compared with."""
+    """A line per implementation that ran; the others of a field are compared with its first, if that ran."""
     rows = []
     peers: dict[str, dict[str, Any]] = {}
     for line in result["results"][0]["rows"]:
