@@ -61,7 +61,9 @@ LOSSES: dict[str, Loss] = {
         s, t, labels, beta=0.5, temperature=2.0, num_items_in_batch=torch.tensor(40, device=s.device)
     ),
     "transformers": _trainer,
-    "torchtune": lambda s, t, labels: torchtune.SymmetricKLLoss(0.3)(s.flatten(0, 1), t.flatten(0, 1), labels.flatten()),
+    "torchtune": lambda s, t, labels: torchtune.SymmetricKLLoss(0.3)(
+        s.flatten(0, 1), t.flatten(0, 1), labels.flatten()
+    ),
     "ModelOpt": lambda s, t, labels: modelopt.LogitsDistillationLoss(2.0, "batchmean")(s, t),
     "NeMo Automodel": lambda s, t, labels: nemo_automodel.KDLoss(temperature=2.0)(s, t, labels, 40),
     "verl": _verl,
