@@ -382,10 +382,12 @@ def run_sparse(options: argparse.Namespace) -> None:
 
 def run_trainers(options: argparse.Namespace) -> None:
     """On a CPU, models that fit it, and no files: no result."""
-    case = trainers.FULL if _on_gpu(options) and not options.quick else trainers.QUICK
-    result = trainers.run(case, options.device, commit=options.commit, without=options.without)
+    full = _on_gpu(options) and not options.quick
+    result = trainers.run(
+        trainers.FULL if full else (trainers.QUICK,), options.device, commit=options.commit, without=options.without
+    )
     print(f"\n{report_trainers.markdown(result)}\n\n{result['seconds']:.0f} s")
-    folder = options.output or (RESULTS if case is trainers.FULL and not options.without else None)
+    folder = options.output or (RESULTS if full and not options.without else None)
     if folder is not None:
         name = folder / f"trainers-{torch.device(options.device).type}"
         report.save(result, name.with_suffix(".json"))

@@ -49,7 +49,7 @@ def test_the_tables(result):
     del failed["milliseconds"]
     rows = [result["results"][0]["rows"][0], failed, *result["results"][0]["rows"][2:]]
     broken = {**result, "results": [{**result["results"][0], "rows": rows}]}
-    assert "- eager: OutOfMemoryError: none left" in report_trainers.markdown(broken)
+    assert "- Trainer, forward KL: eager: OutOfMemoryError: none left" in report_trainers.markdown(broken)
 
 
 def test_one_that_fails_does_not_end_the_run(monkeypatch, capsys):
@@ -58,6 +58,6 @@ def test_one_that_fails_does_not_end_the_run(monkeypatch, capsys):
 
     broken = trainers.Contender("broken", "", "nothing", fail)
     monkeypatch.setattr(trainers, "CONTENDERS", (broken, trainers.CONTENDERS[0]))
-    lines = trainers.run(trainers.QUICK, "cpu")["results"][0]["rows"]
+    lines = trainers.run((trainers.QUICK,), "cpu")["results"][0]["rows"]
     assert lines[0]["error"] == "RuntimeError: no such trainer"
     assert lines[1]["milliseconds"] > 0
