@@ -6,6 +6,7 @@ the result files that are there.
 python -m benchmarks linear: the same from hidden states and lm_head weights; cases in benchmarks/linear_cases.py.
 python -m benchmarks sparse: a teacher known by a few tokens a row, from logits and from hidden states; cases in
 benchmarks/sparse_cases.py.
+python -m benchmarks trainers: training steps of transformers' Trainer and TRL's GKDTrainer, with and without us.
 python -m benchmarks readme: the tables of README.md and of docs from those files.
 """
 
@@ -28,10 +29,12 @@ from benchmarks import (
     report_decoupled,
     report_linear,
     report_sparse,
+    report_trainers,
     rows,
     rows_cuda,
     sparse,
     sparse_cases,
+    trainers,
 )
 from benchmarks.environment import ROOT
 
@@ -84,11 +87,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         words="a part of a case's title",
         minutes=sparse.FULL.minutes,
     )
+    bench = commands.add_parser("trainers", help="training steps of transformers and TRL, with and without us")
+    bench.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu, and tiny models)")
+    bench.add_argument("--quick", action="store_true", help="tiny models, to see that everything works; no files")
+    bench.add_argument("--without", metavar="NAME", nargs="+", default=[], help="leave out what contains this")
+    bench.add_argument(
+        "--output", type=Path, default=None, help=f"folder of the result files (default: {RESULTS.name}/)"
+    )
+    bench.add_argument("--commit", help="the commit to record, where the sources are no git checkout")
     commands.add_parser("readme", help="write the tables of README.md and docs from the result files")
     options = parser.parse_args(arguments)
     if options.command == "rows" and len(options.width) > 1 and not options.quick:
         bench.error("several widths go with --device cuda --quick alone")
-    if options.command != "readme" and options.merge and options.quick:
+    if options.command not in ("readme", "trainers") and options.merge and options.quick:
         parser.error("--quick writes no files to merge into")
     return options
 
@@ -121,10 +132,10 @@ def document_blocks() -> dict[Path, dict[str, str]]:
     """What stands between each pair of markers in the documents that there are: the tables of the result files."""
     results = {
         name: report.load(file)
-        for name in ("rows-cpu", "rows-cuda", "linear-cpu", "linear-cuda", "sparse-cpu", "sparse-cuda")
+        for name in ("rows-cpu", "rows-cuda", "linear-cpu", "linear-cuda", "sparse-cpu", "sparse-cuda", "trainers-cuda")
         if (file := RESULTS / f"{name}.json").exists()
     }
-    names = ("rows-cuda", "rows-cpu", "linear-cuda", "linear-cpu", "sparse-cuda", "sparse-cpu")
+    names = ("rows-cuda", "rows-cpu", "linear-cuda", "linear-cpu", "sparse-cuda", "sparse-cpu", "trainers-cuda")
     readme = dict.fromkeys(names, "")
     linear_page = {f"linear-{kind}": "" for kind in report_linear.PAGES}
     page = dict.fromkeys(("decoupled-cuda", "decoupled-cpu"), "")
@@ -155,6 +166,8 @@ def document_blocks() -> dict[Path, dict[str, str]]:
         drawn = (RESULTS / "sparse-cuda.png").exists()
         readme["sparse-cuda"] = _paragraphs(report_sparse.summary(gpu), picture if drawn else "")
         sparse_page = {"sparse-cases": report_sparse.page(gpu)}
+    if "trainers-cuda" in results:
+        readme["trainers-cuda"] = report_trainers.summary(results["trainers-cuda"])
     documents = {
         ROOT / "README.md": readme,
         ROOT / "docs/decoupled.md": page,
@@ -291,7 +304,7 @@ def _on_gpu(options: argparse.Namespace) -> bool:
     on_gpu = torch.device(options.device).type == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch.cuda.is_available() is False")
-    if options.threads:
+    if getattr(options, "threads", None):
         torch.set_num_threads(options.threads)
     return on_gpu
 
@@ -367,6 +380,21 @@ def run_sparse(options: argparse.Namespace) -> None:
     _run(options, order, measure, report_sparse, report_sparse.cpu)
 
 
+def run_trainers(options: argparse.Namespace) -> None:
+    """On a CPU, models that fit it, and no files: no result."""
+    full = _on_gpu(options) and not options.quick
+    result = trainers.run(
+        trainers.FULL if full else (trainers.QUICK,), options.device, commit=options.commit, without=options.without
+    )
+    print(f"\n{report_trainers.markdown(result)}\n\n{result['seconds']:.0f} s")
+    folder = options.output or (RESULTS if full and not options.without else None)
+    if folder is not None:
+        name = folder / f"trainers-{torch.device(options.device).type}"
+        report.save(result, name.with_suffix(".json"))
+        name.with_suffix(".md").write_text(report_trainers.markdown(result) + "\n")
+        print(f"written: {name}.json, .md")
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.command == "readme":
@@ -375,6 +403,8 @@ def main(arguments: list[str] | None = None) -> None:
         run_linear(options)
     elif options.command == "sparse":
         run_sparse(options)
+    elif options.command == "trainers":
+        run_trainers(options)
     elif torch.device(options.device).type == "cuda":
         run_cuda(options)
     else:
