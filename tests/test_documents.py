@@ -11,11 +11,16 @@ from benchmarks import report
 from benchmarks.environment import ROOT
 
 README = (ROOT / "README.md").read_text()
+FRAMEWORKS = "\n## Use it with\n"  # examples that need more: tests/integrations/test_readme.py
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/decoupled.md", "docs/sparse-teachers.md"])
 def test_the_examples_run_in_order(document):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
+    text = (ROOT / document).read_text()
+    if FRAMEWORKS in text:
+        before, section = text.split(FRAMEWORKS)
+        text = before + section.partition("\n## ")[2]
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) >= 3
     torch.manual_seed(0)
     names: dict = {}
@@ -29,6 +34,16 @@ def test_the_examples_run_in_order(document):
     gradient = names["student_logits"].grad
     assert gradient.shape == (4, 512, 320)
     assert gradient.isfinite().all()
+
+
+def test_the_choices_run():
+    """After the README's first example, whose names they use."""
+    page = (ROOT / "docs/choosing.md").read_text()
+    first, *choices = re.findall(r"```python\n(.*?)```", README.split("\n## ")[0] + page, flags=re.DOTALL)
+    assert len(choices) >= 1
+    names: dict = {}
+    for block in (first, *choices):
+        exec(block.replace("32000", "320"), names)
 
 
 def test_the_examples_from_hidden_states_run_in_order():
