@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -25,24 +26,32 @@ from kdkernels.integrations import (
 
 pytestmark = pytest.mark.gpu
 
+#: As the trainers give it: there already.
+ITEMS: dict[str, Tensor] = {}
+
+
+def items(device: torch.device) -> Tensor:
+    return ITEMS.setdefault(device.type, torch.tensor(40, device=device))
+
+
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of the student's and the teacher's logits, and labels
 
 
-def _topk(teacher: Tensor) -> tuple[Tensor, Tensor]:
+def _topk(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     values, ids = teacher.double().log_softmax(-1).topk(16)
-    return values, ids
+    return values if student.dtype == torch.float64 else values.float(), ids
 
 
 def _verl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    values, ids = _topk(teacher)
+    values, ids = _topk(student, teacher)
     config = SimpleNamespace(distillation_loss=SimpleNamespace(log_prob_min_clamp=-10.0))
-    found = verl.compute_forward_kl_topk(student, values.to(student), ids, config, "bshd")
+    found = verl.compute_forward_kl_topk(student, values, ids, config, "bshd")
     return found["distillation_losses"].sum()
 
 
 def _distillkit(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    values, ids = _topk(teacher)
-    return distillkit.sparse_kl_div(student, ids, values.to(student), labels != -100, missing="symmetric_uniform")
+    values, ids = _topk(student, teacher)
+    return distillkit.sparse_kl_div(student, ids, values, labels != -100, missing="symmetric_uniform")
 
 
 def _of_log_probabilities(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -53,12 +62,12 @@ def _of_log_probabilities(student: Tensor, teacher: Tensor, labels: Tensor) -> T
 def _trainer(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     model = torch.nn.Identity()
     loss = transformers.DistillationLossFunction(model, lambda x: teacher, temperature=2.0)
-    return loss({"logits": model(student)}, labels, num_items_in_batch=torch.tensor(40, device=student.device))
+    return loss({"logits": model(student)}, labels, num_items_in_batch=items(student.device))
 
 
 LOSSES: dict[str, Loss] = {
     "TRL": lambda s, t, labels: trl.generalized_jsd_loss(
-        s, t, labels, beta=0.5, temperature=2.0, num_items_in_batch=torch.tensor(40, device=s.device)
+        s, t, labels, beta=0.5, temperature=2.0, num_items_in_batch=items(s.device)
     ),
     "transformers": _trainer,
     "torchtune": lambda s, t, labels: torchtune.SymmetricKLLoss(0.3)(
@@ -114,7 +123,9 @@ def test_the_host_does_not_wait(name):
 @contextlib.contextmanager
 def _no_waiting():
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that this mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
