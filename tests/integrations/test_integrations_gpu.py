@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -26,31 +27,40 @@ from kdkernels.integrations import (
 
 pytestmark = pytest.mark.gpu
 
-#: As the trainers give it: there already.
-ITEMS: dict[str, Tensor] = {}
+
+def _given(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(2, 3, 16, 1003, generator=generator).mul(2).to(dtype).unbind()
+    labels = torch.randint(0, 1003, (3, 16), generator=generator)
+    labels[:, :4] = -100
+    return student, teacher, labels
 
 
+@functools.cache
 def items(device: torch.device) -> Tensor:
-    return ITEMS.setdefault(device.type, torch.tensor(40, device=device))
+    """num_items_in_batch as the trainers give it: there already."""
+    return torch.tensor(40, device=device)
+
+
+@functools.cache
+def _topk(device: torch.device) -> tuple[Tensor, Tensor]:
+    """A teacher's top k, the same on every device: of fp32 logits, which have no ties."""
+    values, ids = _given(torch.float32)[1].log_softmax(-1).topk(16)
+    return values.to(device), ids.to(device)
 
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of the student's and the teacher's logits, and labels
 
 
-def _topk(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    values, ids = teacher.double().log_softmax(-1).topk(16)
-    return values if student.dtype == torch.float64 else values.float(), ids
-
-
 def _verl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    values, ids = _topk(student, teacher)
+    values, ids = _topk(student.device)
     config = SimpleNamespace(distillation_loss=SimpleNamespace(log_prob_min_clamp=-10.0))
     found = verl.compute_forward_kl_topk(student, values, ids, config, "bshd")
     return found["distillation_losses"].sum()
 
 
 def _distillkit(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    values, ids = _topk(student, teacher)
+    values, ids = _topk(student.device)
     return distillkit.sparse_kl_div(student, ids, values, labels != -100, missing="symmetric_uniform")
 
 
@@ -82,14 +92,6 @@ LOSSES: dict[str, Loss] = {
     ),
     "Liger, log-probabilities": _of_log_probabilities,
 }
-
-
-def _given(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = torch.randn(2, 3, 16, 1003, generator=generator).mul(2).to(dtype).unbind()
-    labels = torch.randint(0, 1003, (3, 16), generator=generator)
-    labels[:, :4] = -100
-    return student, teacher, labels
 
 
 @pytest.mark.parametrize("name", LOSSES)
