@@ -104,12 +104,14 @@ def test_the_same_as_in_double_on_the_cpu(name, dtype):
     leaf = student.cuda().requires_grad_()
     loss = LOSSES[name](leaf, teacher.cuda(), labels.cuda())
     loss.backward()
-    rounds_before = name == "Liger, log-probabilities"  # log_softmax and its backward are torch's, in the logits' dtype
+    # Its log_softmax and that one's backward are torch's, in the logits' dtype.
+    rounded_before = name == "Liger, log-probabilities" and dtype == torch.bfloat16
+    assert abs(loss.item() / expected.item() - 1) <= (1e-3 if rounded_before else 4e-6)
     if dtype == torch.float32:
-        assert abs(loss.item() / expected.item() - 1) <= 4e-6
         assert_near("gradient", leaf.grad.cpu(), exact.grad, 4e-6)
-    elif not rounds_before:
-        assert abs(loss.item() / expected.item() - 1) <= 4e-6
+    elif rounded_before:
+        assert_near("gradient", leaf.grad.cpu(), exact.grad, 1e-2)
+    else:
         assert_rounded("gradient", leaf.grad.cpu(), exact.grad, 2e-5)
 
 
