@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 
 import pybind11
@@ -29,9 +30,10 @@ KERNEL = "-ffp-contract=fast -fno-math-errno -fno-trapping-math"
 CAPABILITIES = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     CAPABILITIES["avx2"] = "-mavx2 -mfma -mf16c"
-    # GCC's own avx512 header trips its maybe-uninitialized check (GCC bug 105593).
+    # GCC's own avx512 header trips its checks for uninitialized variables (GCC bug 105593).
     CAPABILITIES["avx512"] = (
-        "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 -Wno-maybe-uninitialized"
+        "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
+        " -Wno-maybe-uninitialized -Wno-uninitialized"
     )
 
 CUDA = "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden"
@@ -106,11 +108,23 @@ def supports(compiler: str, flag: str, folder: Path) -> bool:
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
+def find_compiler(folder: Path) -> str:
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    compiler = next((name for name in names if shutil.which(name.split()[0])), None)
+    if compiler is None:
+        tried = ", ".join(names)
+        raise SystemExit(f"kdkernels: no C++ compiler found ({tried}); install g++ or clang++, or name one in CXX")
+    if not supports(compiler, "-std=c++20", folder):
+        raise SystemExit(f"kdkernels: {compiler} does not compile C++20; install a newer one, or name one in CXX")
+    return compiler
+
+
 def ninja_file(target: Path, folder: Path) -> str:
     """The build graph: a rule per tool, an edge per object, one link."""
-    compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
-    if compiler is None:
-        raise SystemExit("kdkernels: no C++ compiler found; install one (g++ or clang++) or name it in CXX")
+    compiler = find_compiler(folder)
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").exists():
+        raise SystemExit(f"kdkernels: no Python.h in {headers}; install Python's headers (python3-dev, python3-devel)")
     # A binary without OpenMP works, on one thread.
     openmp = "-fopenmp" if supports(compiler, "-fopenmp", folder) else ""
     nvcc = find_nvcc()
@@ -150,12 +164,16 @@ class NinjaBuild(build_ext):
 
 
 def find_ninja() -> str:
-    found = shutil.which("ninja")
-    if found:
-        return found
-    import ninja
+    """The build's own before the system's: another version takes every object for outdated."""
+    with suppress(ImportError):
+        from ninja import BIN_DIR
 
-    return str(Path(ninja.BIN_DIR) / "ninja")
+        if BIN_DIR:
+            return str(Path(BIN_DIR) / "ninja")
+    found = shutil.which("ninja")  # pip's isolated builds: on the path alone
+    if found is None:
+        raise SystemExit("kdkernels: no ninja found; install it: pip install ninja")
+    return found
 
 
 setup(ext_modules=[Extension("kdkernels._C", sources=[])], cmdclass={"build_ext": NinjaBuild})

@@ -23,11 +23,9 @@ def describe() -> str:
     for name in backends.ORDER:
         serves = [str(device) for device in devices if backends.why_not(name, device) is None]
         reasons = dict.fromkeys(filter(None, (backends.why_not(name, device) for device in devices)))
-        line = f"  {name:<10} " + (f"available on {', '.join(serves)}" if serves else "not available")
-        if name == "native" and serves:
-            line += f" (C++, {native.capability()})"
-        lines.append(line)
-        lines += [f"  {'':<10} {reason}" for reason in reasons]
+        lines.append(f"  {name:<10} " + (f"available on {', '.join(serves)}" if serves else "not available"))
+        notes = [native.contents()] if name == "native" and serves else []
+        lines += [f"  {'':<10} {note}" for note in (*notes, *reasons)]
     return "\n".join(lines)
 
 

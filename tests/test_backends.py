@@ -93,11 +93,21 @@ def test_python_m_kdkernels():
     command = [sys.executable, "-m", "kdkernels"]
     report = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     assert f"kdkernels {kd.__version__}" in report
-    assert (
-        f"native     available on cpu (C++, {native.capability()})" in " ".join(report.split("\n")) or "cuda" in report
-    )
+    assert "native     available on cpu" in report
+    cuda = " and CUDA kernels" if native._built().cuda else "; built without CUDA kernels: Triton serves GPUs"
+    assert f"\n             CPU kernels ({native.capability()}){cuda}" in report
     if not torch.cuda.is_available():
         assert "triton     not available\n             Triton" in report
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_what_the_extension_was_built_with(monkeypatch, cuda):
+    monkeypatch.setattr(native._built(), "cuda", cuda)
+    without = f"CPU kernels ({native.capability()}); built without CUDA kernels: Triton serves GPUs"
+    assert (native.contents() == without) is not cuda
+    assert ("and CUDA kernels" in native.contents()) is cuda
+    if not cuda:
+        assert "it was built without nvcc" in native.why_not(torch.device("cuda", 0))
 
 
 NOT_BUILT = """
@@ -127,6 +137,29 @@ def test_without_the_extension_the_reference_serves():
     assert run.stdout.count("pip install -e .") == 2
 
 
+CHECKOUT_IN_FRONT = """
+import sys, sysconfig, warnings
+import torch
+sys.modules["kdkernels._C"] = None
+sysconfig.get_path = lambda name: sys.argv[1]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import kdkernels as kd
+print(caught[0].message)
+print(kd.backends.why_not("native"))
+"""
+
+
+def test_a_checkout_that_hides_the_installed_package_says_so(tmp_path):
+    (tmp_path / "kdkernels").mkdir()
+    (tmp_path / "kdkernels" / "_C.so").touch()
+    command = [sys.executable, "-c", CHECKOUT_IN_FRONT, str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    said = f"hides the kdkernels installed in {tmp_path}/kdkernels: start Python in another folder"
+    assert [line.endswith(said) for line in run.stdout.split("\n")] == [True, True, False]
+
+
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
@@ -141,6 +174,25 @@ def test_without_triton():
     run = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "Triton is not installed" in run.stdout
+
+
+WITHOUT_NUMPY = """
+import sys
+sys.modules["numpy"] = None
+import warnings
+warnings.simplefilter("ignore")  # torch's own
+from kdkernels import backends
+print(backends.why_not("triton"))
+"""
+
+
+def test_triton_without_numpy():
+    """Only its interpreter needs it."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", WITHOUT_NUMPY]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.stdout == "None\n", run.stderr
 
 
 def test_the_interpreter_serves_the_cpu_on_request_alone():

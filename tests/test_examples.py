@@ -74,3 +74,12 @@ def test_the_demos_losses_under_autocast(monkeypatch):
         for ours, theirs in zip(fused_gradients, eager_gradients, strict=True):
             assert ours.dtype == torch.float32
             assert (ours - theirs).norm() <= 0.03 * theirs.norm()
+
+
+def test_every_program_is_run_by_a_test():
+    """Those that say how to run them alone; the other files are parts of the demo, which imports them."""
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    programs = [path for path in (ROOT / "examples").rglob("*.py") if "__main__" in path.read_text()]
+    assert programs
+    for program in programs:
+        assert f'"{program.relative_to(ROOT)}"' in tests

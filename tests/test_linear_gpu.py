@@ -189,6 +189,10 @@ def test_stats(backend):
     for compact in (False, True):
         _, stats = call(kd.linear_distillation_loss, given.leaves(), compact=compact, workspace_bytes=MIB)
         for name, actual, want in zip(stats._fields, stats, expected, strict=True):
+            if name == "top1_agreement":  # a sparse teacher's
+                assert actual is None
+                assert want is None
+                continue
             assert_near(name, actual, want, 2e-5, floor=1e-2)
             assert (actual[labels == -100] == 0).all()
 

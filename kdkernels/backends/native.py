@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import importlib
+import sysconfig
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+
+def _hides_an_installed_one() -> str:
+    """What to say where a checkout, most likely the working folder, hides an installed package with its extension."""
+    here, installed = Path(__file__).parents[1], Path(sysconfig.get_path("platlib"), "kdkernels")
+    if here == installed or not any((installed / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+        return ""
+    return f"{here} hides the kdkernels installed in {installed}: start Python in another folder"
+
+
 _kernels: ModuleType | None
+_import_error = _hides = ""
 try:
     _kernels = importlib.import_module("kdkernels._C")
-    _import_error = ""
 except ImportError as error:
-    _kernels = None
-    _import_error = str(error)
+    _kernels, _import_error, _hides = None, str(error), _hides_an_installed_one()
+    if _hides:
+        warnings.warn(f"losses on the CPU will be computed by plain PyTorch: {_hides}", stacklevel=2)
 
 # The CUDA kernels' plan: cluster, consumers, slot_columns, blocks_per_sm, ahead (csrc/cuda/rows.h); empty: their own.
 cuda_plan: list[int] = []
@@ -82,13 +96,13 @@ def number_of_stats(divergence: str, tail: str = "") -> int:
 def why_not(device: torch.device | None = None) -> str | None:
     """Why the kernels cannot serve tensors on ``device``; None where they can."""
     if _kernels is None:
-        return f"the extension kdkernels._C is not built ({_import_error}); {BUILD_HINT}"
+        return f"the extension kdkernels._C is not built ({_import_error}); {_hides or BUILD_HINT}"
     if device is None or device.type == "cpu":
         return None
     if device.type != "cuda" or torch.version.hip is not None:
         return f"the C++ kernels serve the CPU and NVIDIA GPUs, not {device.type}"
     if not _kernels.cuda:
-        return "this build has kernels for the CPU only: no nvcc was found when it was built"
+        return "this build has kernels for the CPU only: it was built without nvcc (12 or newer)"
     return _cuda_why_not(torch.cuda.current_device() if device.index is None else device.index)
 
 
@@ -105,6 +119,13 @@ def _cuda_why_not(device: int) -> str | None:
 def capability() -> str:
     """The instruction set the CPU kernels use: "baseline", "avx2" or "avx512"."""
     return str(_built().cpu_capability())
+
+
+def contents() -> str:
+    """What the extension was built with, in words."""
+    if _built().cuda:
+        return f"CPU kernels ({capability()}) and CUDA kernels (compute capability 9.0 and newer)"
+    return f"CPU kernels ({capability()}); built without CUDA kernels: Triton serves GPUs"
 
 
 def _built() -> ModuleType:

@@ -13,8 +13,6 @@ from kdkernels.backends.native import RowOptions, why_not_gradient
 
 _import_error = ""
 try:
-    import numpy
-
     from kdkernels.backends import _triton_decoupled, _triton_divergences, _triton_rows, _triton_scale, _triton_sparse
 except ImportError as error:
     _import_error = str(error)
@@ -133,6 +131,8 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
         return torch.cuda.device(device)
     if device.type == "xpu":
         return torch.xpu.device(device)
+    import numpy  # which torch and Triton do without on a GPU
+
     return numpy.errstate(all="ignore")  # the interpreter's: inf and NaN are meant
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -25,24 +27,41 @@ from kdkernels.integrations import (
 
 pytestmark = pytest.mark.gpu
 
+
+def _given(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(2, 3, 16, 1003, generator=generator).mul(2).to(dtype).unbind()
+    labels = torch.randint(0, 1003, (3, 16), generator=generator)
+    labels[:, :4] = -100
+    return student, teacher, labels
+
+
+@functools.cache
+def items(device: torch.device) -> Tensor:
+    """num_items_in_batch as the trainers give it: there already."""
+    return torch.tensor(40, device=device)
+
+
+@functools.cache
+def _topk(device: torch.device) -> tuple[Tensor, Tensor]:
+    """A teacher's top k, the same on every device: of fp32 logits, which have no ties."""
+    values, ids = _given(torch.float32)[1].log_softmax(-1).topk(16)
+    return values.to(device), ids.to(device)
+
+
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of the student's and the teacher's logits, and labels
 
 
-def _topk(teacher: Tensor) -> tuple[Tensor, Tensor]:
-    values, ids = teacher.double().log_softmax(-1).topk(16)
-    return values, ids
-
-
 def _verl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    values, ids = _topk(teacher)
+    values, ids = _topk(student.device)
     config = SimpleNamespace(distillation_loss=SimpleNamespace(log_prob_min_clamp=-10.0))
-    found = verl.compute_forward_kl_topk(student, values.to(student), ids, config, "bshd")
+    found = verl.compute_forward_kl_topk(student, values, ids, config, "bshd")
     return found["distillation_losses"].sum()
 
 
 def _distillkit(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    values, ids = _topk(teacher)
-    return distillkit.sparse_kl_div(student, ids, values.to(student), labels != -100, missing="symmetric_uniform")
+    values, ids = _topk(student.device)
+    return distillkit.sparse_kl_div(student, ids, values, labels != -100, missing="symmetric_uniform")
 
 
 def _of_log_probabilities(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -53,12 +72,12 @@ def _of_log_probabilities(student: Tensor, teacher: Tensor, labels: Tensor) -> T
 def _trainer(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     model = torch.nn.Identity()
     loss = transformers.DistillationLossFunction(model, lambda x: teacher, temperature=2.0)
-    return loss({"logits": model(student)}, labels, num_items_in_batch=torch.tensor(40, device=student.device))
+    return loss({"logits": model(student)}, labels, num_items_in_batch=items(student.device))
 
 
 LOSSES: dict[str, Loss] = {
     "TRL": lambda s, t, labels: trl.generalized_jsd_loss(
-        s, t, labels, beta=0.5, temperature=2.0, num_items_in_batch=torch.tensor(40, device=s.device)
+        s, t, labels, beta=0.5, temperature=2.0, num_items_in_batch=items(s.device)
     ),
     "transformers": _trainer,
     "torchtune": lambda s, t, labels: torchtune.SymmetricKLLoss(0.3)(
@@ -75,14 +94,6 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-def _given(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = torch.randn(2, 3, 16, 1003, generator=generator).mul(2).to(dtype).unbind()
-    labels = torch.randint(0, 1003, (3, 16), generator=generator)
-    labels[:, :4] = -100
-    return student, teacher, labels
-
-
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_same_as_in_double_on_the_cpu(name, dtype):
@@ -93,13 +104,15 @@ def test_the_same_as_in_double_on_the_cpu(name, dtype):
     leaf = student.cuda().requires_grad_()
     loss = LOSSES[name](leaf, teacher.cuda(), labels.cuda())
     loss.backward()
-    rounds_before = name == "Liger, log-probabilities"  # log_softmax and its backward are torch's, in the logits' dtype
+    # Its log_softmax and that one's backward are torch's, in the logits' dtype.
+    rounded_before = name == "Liger, log-probabilities" and dtype == torch.bfloat16
+    assert abs(loss.item() / expected.item() - 1) <= (1e-3 if rounded_before else 4e-6)
     if dtype == torch.float32:
-        assert abs(loss.item() / expected.item() - 1) <= 1e-5
-        assert_near("gradient", leaf.grad.cpu(), exact.grad, 1e-5)
-    elif not rounds_before:
-        assert abs(loss.item() / expected.item() - 1) <= 1e-4
-        assert_rounded("gradient", leaf.grad.cpu(), exact.grad, 1e-4)
+        assert_near("gradient", leaf.grad.cpu(), exact.grad, 4e-6)
+    elif rounded_before:
+        assert_near("gradient", leaf.grad.cpu(), exact.grad, 1e-2)
+    else:
+        assert_rounded("gradient", leaf.grad.cpu(), exact.grad, 2e-5)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -114,7 +127,9 @@ def test_the_host_does_not_wait(name):
 @contextlib.contextmanager
 def _no_waiting():
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that this mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
