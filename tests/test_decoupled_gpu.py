@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from checks import against_reference, assert_near, logits_pair
 from decoupled_cases import FAMILY, labels_for, light_weak_set, on_device, tied
+from gpu_tools import synchronisations
 from test_gpu import EACH_DTYPE
 from torch import Tensor
 
@@ -351,13 +350,8 @@ def test_never_waits_for_the_device_and_is_captured(backend, make):
 
     for which in (divergence, weighted):
         expected = step(which).clone()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch says that this mode is a prototype
-            torch.cuda.set_sync_debug_mode("error")
-        try:
+        with synchronisations("error"):
             step(which)
-        finally:
-            torch.cuda.set_sync_debug_mode(0)
         graph = torch.cuda.CUDAGraph()
         leaf.grad = None
         stream = torch.cuda.Stream()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from checks import DIVERGENCES, against_reference, assert_near, logits_pair, masked_pair
+from gpu_tools import captured, synchronisations
 from test_native import ALL, WIDTHS
 from test_options import LABELS, VIEWS
 from torch import Tensor
@@ -437,14 +436,8 @@ def test_no_synchronisation_with_the_host(backend):
         (2.0 * kd.distillation_loss(leaf, teacher, labels, return_stats=True, **options)[0]).backward()
 
     step()
-    torch.cuda.synchronize()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that this mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with synchronisations("error"):
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode(0)
 
 
 @pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # the leaf is older than the side stream
@@ -457,14 +450,7 @@ def test_cuda_graphs(backend):
         (gradient,) = torch.autograd.grad(2.0 * loss, static)
         return loss, gradient
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss, gradient = step()
+    graph, (loss, gradient) = captured(step)
     with torch.no_grad():
         static.copy_(student.flip(0))
     graph.replay()

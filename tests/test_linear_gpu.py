@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
 from checks import DIVERGENCES, assert_near, relative_error
 from decoupled_cases import FAMILY, labels_for, mask_of, on_device
+from gpu_tools import captured, synchronisations
 from linear_cases import (
     NAMES,
     OF_16_BIT_LOGITS_GRADIENT,
@@ -281,18 +280,6 @@ def test_repeated_runs_agree_bitwise(backend, reduction, dtype):
             assert all(torch.equal(gradients[name], others[name]) for name in NAMES)
 
 
-@contextmanager
-def synchronisations(mode: str) -> Iterator[None]:
-    torch.cuda.synchronize()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that this mode is a prototype
-        torch.cuda.set_sync_debug_mode(mode)
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(0)
-
-
 def full_call(teacher: kd.LinearTeacher | Tensor, reduction: str, **options):
     """A step with everything that a call can bring along on the device."""
     shape = (teacher if isinstance(teacher, Tensor) else teacher.hidden).shape[:-1]
@@ -356,21 +343,14 @@ def test_cuda_graphs(backend, reduction, teacher_logits):
         )  # fmt: skip
         return loss.detach(), *torch.autograd.grad(2.0 * loss.sum(), static[:3])
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, replayed = captured(step)
     with torch.no_grad():
         static.hidden.copy_(made.hidden.flip(0))
         static.weight.mul_(0.5)
         labels.copy_(some_labels(90, width=WIDTH, seed=2))
     graph.replay()
     expected = step()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(replayed, expected, strict=True))
 
 
 def test_the_current_stream_is_used(backend):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import sparse_cases
 import torch
 from checks import BOUNDS, assert_near, assert_rounded, gradient_of, in_double, logits_pair
+from gpu_tools import captured, synchronisations
 from sparse_cases import LOSSES, TAILS, check_stats, nearly_all, on, ragged, repeated, sparse_pair, top_k
 from torch import Tensor
 
@@ -541,22 +540,9 @@ def test_never_waits_for_the_device_and_is_captured(backend, tail, divergence):
         return loss, gradient
 
     step()
-    torch.cuda.synchronize()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that this mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with synchronisations("error"):
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode(0)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss, gradient = step()
+    graph, (loss, gradient) = captured(step)
     with torch.no_grad():
         static.copy_(student.flip(0))
     for _ in range(2):

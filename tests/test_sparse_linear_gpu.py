@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import assert_near
+from gpu_tools import captured, synchronisations
 from linear_cases import (
     NAMES,
     OF_16_BIT_LOGITS_GRADIENT,
@@ -15,7 +16,6 @@ from linear_cases import (
     operands,
 )
 from sparse_cases import LOSSES, TAILS, on, ragged, repeated, top_k
-from test_linear_gpu import synchronisations
 from torch import Tensor
 
 import kdkernels as kd
@@ -245,20 +245,13 @@ def test_cuda_graphs(backend, tail, reduction):
         )
         return loss.detach(), *torch.autograd.grad(2.0 * loss.sum(), static[:3])
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, replayed = captured(step)
     with torch.no_grad():
         static.hidden.copy_(made.hidden.flip(0))
         static.teacher.ids.copy_(zipfian(900, K, WIDTH, seed=5))
     graph.replay()
     expected = step()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(replayed, expected, strict=True))
 
 
 @EACH_TAIL

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
 
 import pytest
 import torch
 from checks import assert_near
 from feature_cases import EACH_CASE, EACH_LOSS, Batch, batch, loss_of
+from gpu_tools import captured, synchronisations
 from test_torch_features import Compiled, step_of
 from torch import Tensor
 
@@ -40,17 +40,10 @@ def test_a_captured_step_replayed_with_everything_changed(backend, loss, case):
         (2.0 * value).backward()
         return value.detach()
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, replayed = captured(step)
     gradients = static.gradients()
     graph.replay()
-    before = captured.clone()
+    before = replayed.clone()
 
     static.copy_(some(loss, case, seed=1))
     settings["temperature"].copy_(settings["temperature"].flip(0))
@@ -59,11 +52,11 @@ def test_a_captured_step_replayed_with_everything_changed(backend, loss, case):
     settings["strong"].fill_(2.0)
     for _ in range(2):
         graph.replay()
-    captured, gradients = captured.clone(), [x.clone() for x in gradients]
+    replayed, gradients = replayed.clone(), [x.clone() for x in gradients]
     expected = step()
     torch.cuda.synchronize()
-    assert not torch.equal(captured, before)
-    assert torch.equal(captured, expected)
+    assert not torch.equal(replayed, before)
+    assert torch.equal(replayed, expected)
     for ours, theirs in zip(gradients, static.gradients(), strict=True):
         assert theirs.any()
         assert torch.equal(ours, theirs)
@@ -93,14 +86,8 @@ def test_compiled_numbers_that_change_do_not_wait_for_the_device(loss):
     for weight in WEIGHTS[:2]:
         step.check(given, slack=10, **numbers_for(weight))
     leaves = given.leaves()
-    torch.cuda.synchronize()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that this mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with synchronisations("error"):
         step.compiled(leaves, **numbers_for(WEIGHTS[2])).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode(0)
 
 
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # the compiler's first, which holds its memory

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
 from checks import assert_near, assert_rounded
+from gpu_tools import synchronisations
 from torch import Tensor
 
 from kdkernels.integrations import (
@@ -120,20 +119,8 @@ def test_the_host_does_not_wait(name):
     student, teacher, labels = (tensor.cuda() for tensor in _given(torch.float32))
     leaf = student.requires_grad_()
     LOSSES[name](leaf, teacher, labels).backward()  # what happens once is over
-    with _no_waiting():
+    with synchronisations("error"):
         LOSSES[name](leaf, teacher, labels).backward()
-
-
-@contextlib.contextmanager
-def _no_waiting():
-    torch.cuda.synchronize()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that this mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
