@@ -16,6 +16,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from kdkernels.integrations._conventions import require_positive
 from kdkernels.losses import distillation_loss
 from kdkernels.teachers import TopKTeacher
 
@@ -79,8 +80,7 @@ def sparse_kl_div(
         ("target_generation_temperature", target_generation_temperature),
         ("student_generation_temperature", student_generation_temperature),
     ):
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+        require_positive(name, value)
     # softmax(logits · T_s/T) is that at temperature T/T_s.
     at = temperature / student_generation_temperature
     if how == "zero":

@@ -14,13 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import kdkernels as kd
+from kdkernels.integrations._conventions import require_positive
 
 __all__ = ["LigerFusedLinearJSD", "LigerFusedLinearJSDLoss", "LigerKLDIVLoss"]
-
-
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
 
 
 class LigerFusedLinearJSD(nn.Module):
@@ -47,7 +43,7 @@ class LigerFusedLinearJSD(nn.Module):
         accum_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_temperature(temperature)
+        require_positive("temperature", temperature)
         self._divergence = kd.JensenShannon(jsd_beta)  # here: torch.compile does not trace its checks
         self.ignore_index = ignore_index
         self.temperature = temperature
@@ -135,7 +131,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         return_soft_hard_loss: bool = False,
     ) -> None:
         super().__init__()
-        _check_temperature(temperature)
+        require_positive("temperature", temperature)
         if not weight_hard_loss >= 0:
             raise ValueError(f"weight_hard_loss must not be negative, got {weight_hard_loss}")
         self.weight_hard_loss = weight_hard_loss

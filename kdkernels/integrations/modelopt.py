@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 import kdkernels as kd
+from kdkernels.integrations._conventions import require_positive
 
 __all__ = ["LogitsDistillationLoss"]
 
@@ -37,8 +38,7 @@ class LogitsDistillationLoss(_Loss):
 
     def __init__(self, temperature: float = 1.0, reduction: str = "mean") -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        require_positive("temperature", temperature)
         if reduction not in _REDUCTIONS:
             raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
         # Named as in the original, where the base class's ``reduction`` stays "mean" whatever is asked for.

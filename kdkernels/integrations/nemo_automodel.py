@@ -8,27 +8,20 @@ import torch
 from torch import Tensor, nn
 
 import kdkernels as kd
+from kdkernels.integrations._conventions import by_row, gathered, require_positive
 
 __all__ = ["KDLoss"]
 
 
-def _is_dtensor(tensor: Any) -> bool:  # without importing torch.distributed.tensor, which not every build has
-    return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
-
-
 def _split_vocabulary(logits: Any) -> bool:
     """Whether logits are a DTensor of whose vocabulary each rank has a part."""
-    if not _is_dtensor(logits):
+    if not hasattr(logits, "placements"):
         return False
     last = (-1, logits.dim() - 1)
     return any(
         getattr(placement, "dim", None) in last and logits.device_mesh.size(axis) > 1
         for axis, placement in enumerate(logits.placements)
     )
-
-
-def _whole(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if _is_dtensor(tensor) else tensor
 
 
 def _refuse_group(tp_group: object) -> None:
@@ -73,8 +66,7 @@ class KDLoss(nn.Module):
     ) -> None:
         super().__init__()
         _refuse_group(tp_group)
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        require_positive("temperature", temperature)
         self.ignore_index = ignore_index
         self.temperature = temperature
         self.fp32_upcast = fp32_upcast
@@ -108,12 +100,11 @@ class KDLoss(nn.Module):
                 "student_logits are a DTensor whose vocabulary is split over ranks, which is not supported; pass "
                 "student_logits.full_tensor() and teacher_logits.full_tensor()"
             )
-        student, teacher, labels = _whole(student_logits), _whole(teacher_logits), _whole(labels)
-        rows = student.shape[:-1]
+        student = gathered(student_logits)
         return kd.distillation_loss(
             student,
-            teacher,
-            labels.reshape(rows) if labels.numel() == rows.numel() else labels,
+            gathered(teacher_logits),
+            by_row(gathered(labels), student),
             temperature=self.temperature,
             normalizer=num_batch_labels,
             ignore_index=self.ignore_index,

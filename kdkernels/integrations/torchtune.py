@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import kdkernels as kd
+from kdkernels.integrations._conventions import by_row
 
 __all__ = [
     "ForwardKLLoss",
@@ -62,11 +63,7 @@ class _Loss(nn.Module):
         self, students: Sequence[Tensor], teachers: Sequence[Tensor], labels: Sequence[Tensor], normalize: bool
     ) -> Tensor:
         """share·(KL(p‖q) + H(p)) + (1 - share)·KL(q‖p) over all chunks' tokens; every chunk is swept where it lies."""
-        # Labels may be flat where logits are not, and the other way round.
-        labels = [
-            label.reshape(student.shape[:-1]) if label.numel() == student.shape[:-1].numel() else label
-            for student, label in zip(students, labels, strict=True)
-        ]
+        labels = [by_row(label, student) for student, label in zip(students, labels, strict=True)]
         count = torch.stack([(label != self.ignore_index).sum() for label in labels]).sum() if normalize else None
         losses = [
             kd.distillation_loss(

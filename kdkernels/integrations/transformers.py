@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kdkernels as kd
+from kdkernels.integrations._conventions import on_device
 
 # What Trainer and collators hand to a model for its loss, or to steer what it returns: not for a model without a loss.
 _NOT_INPUTS = frozenset(
@@ -29,8 +30,15 @@ _NOT_INPUTS = frozenset(
 )
 # Losses of transformers whose labels are not the next tokens.
 _ALIGNED_LOSSES = ("ForMaskedLM", "ForTokenClassification")
+_DATA_PARALLEL = "torch.nn.DataParallel is not served; start one process per GPU with torchrun"
 # Of the norm of a token's logits, in the first batch: bfloat16 rounds by a fifth of it at most.
 _LOGITS_BOUND = 0.02
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    for name in ("reduction", "return_stats"):
+        if name in options:
+            raise ValueError(f"{name} is the Trainer's to say: it takes one loss, the mean over all its tokens")
 
 
 def _causal(name: str, model: object) -> None:
@@ -65,13 +73,7 @@ def _next_tokens(labels: Tensor | None, shifted: Tensor | None, ignore_index: in
         if labels is None:
             raise ValueError("labels are needed: they tell which tokens count (those that are not ignore_index)")
         shifted = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    return shifted.to(device, non_blocking=True)
-
-
-def _normalizer(num_items_in_batch: Tensor | float | None, device: torch.device) -> Tensor | float | None:
-    if isinstance(num_items_in_batch, Tensor):
-        return num_items_in_batch.to(device, non_blocking=True)
-    return num_items_in_batch
+    return on_device(shifted, device)
 
 
 def _output(outputs: Any, name: str) -> Any:
@@ -100,7 +102,7 @@ class _ForwardInputs:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if getattr(module, "_is_replica", False):
-            raise NotImplementedError("torch.nn.DataParallel is not served; start one process per GPU with torchrun")
+            raise NotImplementedError(_DATA_PARALLEL)
         kept = _inputs(kwargs)
         if kwargs.get("shift_labels") is not None:
             kept["shift_labels"] = kwargs["shift_labels"]
@@ -151,9 +153,7 @@ class DistillationLossFunction:
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module | Callable[..., Any], **options: Any) -> None:
-        for name in ("reduction", "return_stats"):
-            if name in options:
-                raise ValueError(f"{name} is the Trainer's to say: it takes one loss, the mean over all its tokens")
+        _check_options(options)
         if teacher is student:
             raise ValueError("teacher is the student; pass a copy of it")
         _causal("student", student)
@@ -193,7 +193,7 @@ class DistillationLossFunction:
         logits = _output(outputs, "logits")
         targets = _next_tokens(labels, inputs.pop("shift_labels", None), self.ignore_index, logits.device)
         teacher = self._ask(args, inputs, logits.device)
-        return self.loss(logits, teacher, targets, normalizer=_normalizer(num_items_in_batch, logits.device))
+        return self.loss(logits, teacher, targets, normalizer=on_device(num_items_in_batch, logits.device))
 
     def _ask(
         self, args: tuple[Any, ...], inputs: dict[str, Any], device: torch.device
@@ -344,16 +344,14 @@ class DistillationTrainerMixin:
     ) -> None:
         super().__init__(*args, **kwargs)
         self.loss_options = dict(loss_options or {})
-        for name in ("reduction", "return_stats"):
-            if name in self.loss_options:
-                raise ValueError(f"{name} is the Trainer's to say: it takes one loss, the mean over all its tokens")
+        _check_options(self.loss_options)
         kd.LinearDistillationLoss(**self.loss_options)
         if self.compute_loss_func is not None:
             raise ValueError("compute_loss_func would not be called: the loss is the teacher's and loss_options'")
         if self.label_smoother is not None:
             raise ValueError("label_smoothing_factor must be 0: it is no part of this loss")
         if self.args.n_gpu > 1:
-            raise NotImplementedError("torch.nn.DataParallel is not served; start one process per GPU with torchrun")
+            raise NotImplementedError(_DATA_PARALLEL)
         parallelism = getattr(self.accelerator, "parallelism_config", None)
         if parallelism is not None and getattr(parallelism, "sp_enabled", False):
             raise NotImplementedError("sequence parallelism is not served")
@@ -412,7 +410,7 @@ class DistillationTrainerMixin:
                 kd.LinearTeacher(teacher_hidden, teacher_head.weight, teacher_head.bias),
                 targets,
                 student_bias=student_head.bias,
-                normalizer=_normalizer(num_items_in_batch, hidden.device),
+                normalizer=on_device(num_items_in_batch, hidden.device),
                 **options,
             )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
+from kdkernels.integrations._conventions import gathered, on_device
 
 __all__ = [
     "ChunkedDivergenceFunction",
@@ -88,8 +89,7 @@ def generalized_jsd_loss(
     kd_weight = 1.0
     if num_items_in_batch is not None:
         reduction = "mean"
-        if isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = num_items_in_batch.to(student_logits.device)
+        num_items_in_batch = on_device(num_items_in_batch, student_logits.device)
     elif reduction == "batchmean":
         reduction = "mean"
         if labels is None:
@@ -170,8 +170,6 @@ def chunked_divergence_loss(
         ValueError, TypeError: as :func:`kdkernels.linear_distillation_loss`.
     """
     valid = completion_mask.reshape(student_hidden_states.shape[:-1]) != 0
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(student_hidden_states.device)
     head = (student_lm_head_weight, student_lm_head_bias)
     teacher_head = (teacher_lm_head_weight, teacher_lm_head_bias)
     with _partitions_gathered(*head, *teacher_head):
@@ -184,7 +182,7 @@ def chunked_divergence_loss(
             temperature,
             (scale, softcap, teacher_logit_scale, teacher_final_logit_softcapping),
             weight=valid.float(),
-            normalizer=num_items_in_batch,
+            normalizer=on_device(num_items_in_batch, student_hidden_states.device),
             compact=compact,
         )
         if entropy:
@@ -248,14 +246,10 @@ Operands = tuple[Tensor, Tensor, Tensor | None]  # hidden (..., H), weight (V, H
 
 def _operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Operands:
     """A model's operands as kdkernels takes them: whole, and of one dtype unless autocast sees to that."""
-    weight, bias = _whole(weight), None if bias is None else _whole(bias)
+    weight, bias = gathered(weight), None if bias is None else gathered(bias)
     if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
         weight = weight.to(hidden.dtype)
     return hidden, weight, bias
-
-
-def _whole(parameter: Any) -> Tensor:
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def _partitions_gathered(*parameters: Tensor | None) -> AbstractContextManager[Any]:
