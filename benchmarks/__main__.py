@@ -91,6 +91,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     bench.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu, and tiny models)")
     bench.add_argument("--quick", action="store_true", help="tiny models, to see that everything works; no files")
     bench.add_argument("--without", metavar="NAME", nargs="+", default=[], help="leave out what contains this")
+    bench.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     bench.add_argument(
         "--output", type=Path, default=None, help=f"folder of the result files (default: {RESULTS.name}/)"
     )
@@ -304,7 +305,7 @@ def _on_gpu(options: argparse.Namespace) -> bool:
     on_gpu = torch.device(options.device).type == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch.cuda.is_available() is False")
-    if getattr(options, "threads", None):
+    if options.threads:
         torch.set_num_threads(options.threads)
     return on_gpu
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
@@ -52,8 +53,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def describe(device: str, commit: str | None = None) -> dict[str, str]:
-    """Device, versions, commit (``commit``, or that of the checkout) and date, as text."""
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    return {package: version for package in packages if (version := _version(package))}
+
+
+def describe(device: str, commit: str | None = None, packages: Sequence[str] = ()) -> dict[str, str]:
+    """Device, versions, also of ``packages``, commit (``commit``, or that of the checkout) and date, as text."""
     info = {
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _processor(),
         "threads": str(torch.get_num_threads()),
@@ -67,7 +72,7 @@ def describe(device: str, commit: str | None = None) -> dict[str, str]:
         info["cuda"] = str(torch.version.cuda)
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         info["driver"] = driver.splitlines()[0] if driver else "unknown"
-        info |= {package: version for package in PEER_PACKAGES if (version := _version(package))}
+        info |= _versions(PEER_PACKAGES)
     elif native.why_not() is None:
         info["instruction set"] = native.capability()
-    return info
+    return info | _versions(packages)

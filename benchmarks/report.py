@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,13 @@ def title(entry: Entry) -> str:
         return str(entry["title"])
     case = entry["case"]
     return f"{case['divergence']}, {case['dtype']}, {case['rows']} × {case['width']}"
+
+
+def table(heads: Sequence[str], texts: int, rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose first ``texts`` columns are text; "" without rows."""
+    lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in (heads, *rows)]
+    rule = "|" + "---|" * texts + "---:|" * (len(heads) - texts)
+    return "\n".join([lines[0], rule, *lines[1:]]) if len(lines) > 1 else ""
 
 
 def measured_on(environment: dict[str, str]) -> str:

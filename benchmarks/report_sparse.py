@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.contenders import CUDA, IN_PLACE, TRITON
 from benchmarks.linear_peers import BARE_OF_STUDENT, EAGER_NAME, OURS
-from benchmarks.report import Entry, Result
+from benchmarks.report import Entry, Result, table
 from benchmarks.report_cuda import bars, copy_gigabytes, error_cell, measured, mebibytes, not_measured, percent
 from benchmarks.report_linear import gibibytes, of_kind, provenance_by_line
 from benchmarks.sparse_cases import Case
@@ -42,16 +42,9 @@ def markdown(result: Result) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _table(heads: Sequence[str], texts: int, rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose first ``texts`` columns are text; "" without rows."""
-    lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in (heads, *rows)]
-    rule = "|" + "---|" * texts + "---:|" * (len(heads) - texts)
-    return "\n".join([lines[0], rule, *lines[1:]]) if len(lines) > 1 else ""
-
-
 def _logits(entries: list[Entry]) -> str:
     heads = ("case", "implementation", "ms", "of the limit", "peak MiB", "error of the loss", "of the gradient")
-    return _table(
+    return table(
         heads,
         2,
         [
@@ -72,7 +65,7 @@ def _logits(entries: list[Entry]) -> str:
 
 def _hidden(entries: list[Entry]) -> str:
     heads = ("case", "implementation", "ms", "× three products", "TFLOP/s", "peak MiB", "error of the loss")
-    return _table(
+    return table(
         (*heads, "of dX", "of dW"),
         2,
         [
@@ -130,7 +123,7 @@ def _columns(entries: list[Entry], heads: Sequence[str], cell: Callable[[str, Li
     found = [measured(entry) for entry in entries]
     names = _names(found)
     rows = [[name, *(cell(name, at[name]) if name in at else "–" for at in found)] for name in names]
-    return _table(("", *heads), 1, rows)
+    return table(("", *heads), 1, rows)
 
 
 def summary(result: Result) -> str:
@@ -184,7 +177,7 @@ def page(result: Result) -> str:
     parts = [
         "From bf16 logits: milliseconds of loss and gradient, and share of the limit; peaks in MiB above the inputs; "
         "errors of loss and gradient against fp64.",
-        _table(
+        table(
             ("", "CUDA", "Triton", "in place", "times faster than eager", "peak, eager's", "errors"),
             1,
             [_logits_row(entry) for entry in logits],
@@ -194,7 +187,7 @@ def page(result: Result) -> str:
         parts += [
             "From hidden states: milliseconds of loss and both gradients, and times what the three products alone "
             "take; errors of dX and dW.",
-            _table(
+            table(
                 ("", "fp32 logits", "bf16 logits", "times faster than eager", "peak, eager's", "errors"),
                 1,
                 [_hidden_row(entry) for entry in hidden],
@@ -266,7 +259,7 @@ def cpu(result: Result) -> str:
             if ours.get("peak_mib") is not None and eager.get("peak_mib"):
                 share = f"{100 * ours['peak_mib'] / eager['peak_mib']:.0f} %"
         rows.append([f"{case_of(entry).name}, {entry['case']['dtype']}", *cells, faster, share])
-    parts = [_table(("", *names, "times faster than eager", "of eager's peak"), 1, rows)]
+    parts = [table(("", *names, "times faster than eager", "of eager's peak"), 1, rows)]
     if entries:
         case = case_of(entries[0])
         parts.insert(

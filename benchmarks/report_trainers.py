@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.report import Entry, Result, measured_on
+from benchmarks.report import Entry, Result, measured_on, table
 
 Line = dict[str, Any]
 
@@ -33,11 +33,6 @@ def _cells(line: Line, peer: Line | None) -> list[str]:
     ]
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    drawn = ["|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|" for line in (heads, *rows)]
-    return "\n".join([drawn[0], "|---|" + "---:|" * (len(heads) - 1), *drawn[1:]])
-
-
 def _case(entry: Entry) -> str:
     case = entry["case"]
     tokens = case["sequences"] * case["length"]
@@ -62,7 +57,7 @@ def summary(result: Result) -> str:
         [
             f"A training step of {_case(entries[0])}: milliseconds, and peak memory above weights and optimizer "
             "states. Compared: with the framework's own loss (for forward KL with eager code) in the same trainer.",
-            _table(heads, [[name, *cells] for name, cells in rows.items()]),
+            table(heads, 1, [[name, *cells] for name, cells in rows.items()]),
             f"Measured on: {measured_on(result['environment'])}.",
         ]
     )
@@ -77,10 +72,11 @@ def markdown(result: Result) -> str:
             [_name(line), *_cells(line, peer), f"{line['loss']:.6g}", f"{line['gradient_norm']:.5g}"]
             for line, peer in _pairs(entry)
         ]
-        parts += [f"{entry['title']}: {_case(entry)}.", _table(heads, rows)]
+        parts += [f"{entry['title']}: {_case(entry)}.", table(heads, 1, rows)]
         failed = [f"- {_name(line)}: {line['error']}" for line in entry["rows"] if "error" in line]
         if failed:
             parts.append("\n".join(["Not measured:", "", *failed]))
     timed = [f"- {_name(line)}: {line['timed']}." for line in result["results"][0]["rows"]]
     parts.append("\n".join(["What is timed:", "", *timed]))
-    return "\n\n".join([*parts, result["timing"], f"Measured on: {measured_on(result['environment'])}."])
+    parts += [result["timing"], f"Measured on: {measured_on(result['environment'])}."]
+    return "\n\n".join(filter(None, parts))

@@ -6,13 +6,12 @@ what counts is what a step takes, its peak memory, and that both losses are the 
 
 from __future__ import annotations
 
-import importlib.metadata
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -149,12 +148,14 @@ def _settings(case: Case, device: str, folder: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to train: who it is compared with, what it does, and its trainer of (student, teacher, case, folder)."""
+    """A way to train: who it is compared with, what it does, its trainer of (student, teacher, case, device, folder),
+    and within what that trains."""
 
     name: str
     field: str
     timed: str
     make: Callable[[Model, Model, Case, str, str], Any]
+    within: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def _trainer(cls: type, student: Model, case: Case, device: str, folder: str, **given: Any) -> Any:
@@ -246,11 +247,10 @@ def _gkd_trainer(student: Model, teacher: Model, case: Case, device: str, folder
     )
 
 
-def _patched_gkd_trainer(student: Model, teacher: Model, case: Case, device: str, folder: str) -> Any:
-    from kdkernels.integrations.trl import patch_trl
+def _patched() -> AbstractContextManager[None]:
+    from kdkernels.integrations.trl import patched_trl
 
-    patch_trl()
-    return _gkd_trainer(student, teacher, case, device, folder)
+    return patched_trl()
 
 
 BACKBONES = "both models without their heads, no loss"
@@ -262,20 +262,8 @@ CONTENDERS = (
     Contender("kdkernels, compute_loss_func", FORWARD_KL, "from both models' logits", _logits_trainer),
     Contender("kdkernels, DistillationTrainerMixin", FORWARD_KL, "from both models' hidden states", _hidden_trainer),
     Contender("TRL", GKD, "its own generalized_jsd_loss, from both models' logits", _gkd_trainer),
-    Contender("kdkernels, patch_trl", GKD, "the same trainer", _patched_gkd_trainer),
+    Contender("kdkernels, patch_trl", GKD, "the same trainer", _gkd_trainer, _patched),
 )
-
-
-@contextmanager
-def _unpatched() -> Iterator[None]:
-    """Whatever is run, TRL is as it was."""
-    try:
-        yield
-    finally:
-        with suppress(ImportError):
-            from kdkernels.integrations.trl import unpatch_trl
-
-            unpatch_trl()
 
 
 class Clock:
@@ -314,22 +302,15 @@ def measure(contender: Contender, case: Case, device: str) -> Line:
 
     teacher = build(case.teacher, case, device, seed=1).requires_grad_(False).eval()
     student = build(case.student, case, device, seed=0)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), _unpatched():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the frameworks' own
-        trainer = contender.make(student, teacher, case, device, folder)
-        trainer.add_callback(Watch())
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train()
+        with contender.within():
+            trainer = contender.make(student, teacher, case, device, folder)
+            trainer.add_callback(Watch())
+            trainer.remove_callback(transformers.PrinterCallback)
+            trainer.train()
     first = trainer.state.log_history[0]
     return clock.line() | {"loss": float(first["loss"]), "gradient_norm": float(first["grad_norm"])}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("transformers", "accelerate", "trl"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
 
 
 def measure_all(case: Case, device: str, without: Sequence[str] = ()) -> Iterator[Line]:
@@ -363,7 +344,7 @@ def run(
     return {
         "benchmark": "trainers",
         "complete": True,
-        "environment": describe(device, commit) | _versions(),
+        "environment": describe(device, commit, ("transformers", "accelerate", "trl")),
         "timing": TIMING,
         "results": entries,
         "seconds": time.perf_counter() - started,
